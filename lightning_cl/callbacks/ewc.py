@@ -1,0 +1,188 @@
+"""Elastic weight consolidation (Kirkpatrick et al. 2017, arXiv:1612.00796; online form Schwarz et al. 2018)."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_cl.callbacks.fisher import Estimator, FisherEstimator
+from lightning_cl.core.batches import BatchAdapter
+from lightning_cl.core.card import MethodCard
+from lightning_cl.core.checks import check_positive, select_parameters
+from lightning_cl.core.events import ContinualCallback
+from lightning_cl.core.rng import derived_seed
+from lightning_cl.core.state import ParameterState, local
+from lightning_cl.core.task import Task
+from lightning_cl.functional.ewc import ewc_gradient_, ewc_penalty, merge_online_, merge_separate_
+
+__all__ = ["EWC"]
+
+
+class EWC(ContinualCallback):
+    r"""Hold the weights that mattered for earlier tasks near the values they had.
+
+    From the second task on, the step minimises the task's loss plus
+
+    .. math:: \frac{\lambda}{2} \sum_i F_i (\theta_i - \theta_i^*)^2,
+        \qquad F = \frac{1}{N} \sum_{n=1}^{N} \left( \nabla_\theta \log p(y_n \mid x_n) \right)^2,
+
+    with F a mean over **samples** of squared per-sample gradients, measured in evaluation mode at a task's end. The
+    penalty acts as its gradient :math:`\lambda F (\theta - \theta^*)`, added once per optimizer step after unscaling
+    and before clipping, which equals the penalty in the loss. Other libraries leave out the ½ or square the gradient of
+    a batch; the page of the method converts their :math:`\lambda`.
+
+    Args:
+        strength: :math:`\lambda`; above 0. At 0.5 elsewhere without the ½ it is 1 here.
+        fisher: Whose labels y are: ``"empirical"`` (the data's; the module's own loss, so any loss works),
+            ``"sampled"`` (one draw from the model for each sample), ``"exact"`` (the expectation over the model's
+            classes, one backward pass for each class), or ``"batched"``, a cheap approximation: the squared gradient of a
+            batch's summed loss, which depends on the batch size and is no Fisher information.
+        mode: ``"online"``: :math:`F \leftarrow \gamma F + F_{task}`, anchored at the latest weights; ``"separate"``: one
+            quadratic per task around the weights at its end, folded into one, so that a step costs the same.
+        decay: :math:`\gamma` of the online form, from 0 to 1.
+        n_samples: Samples to measure F on, over all ranks; the whole task if ``None``.
+        include: Patterns (as in :mod:`fnmatch`) of the parameters to protect; all trainable ones if ``None``.
+        exclude: Patterns of parameters to leave free.
+        logits: Name of the submodule that returns the class scores, for ``"sampled"`` and ``"exact"``; found by itself in
+            most modules.
+        batch_adapter: Reads batches of an uncommon structure.
+
+    Raises:
+        ValueError: For a setting out of range; at the start of a fit for a pattern that matches nothing, and for an
+            estimator that the module cannot serve.
+    """
+
+    card: ClassVar[MethodCard] = MethodCard(
+        name="ewc",
+        family="regularisation",
+        paper="Kirkpatrick et al. 2017, arXiv:1612.00796",
+        needs="a loss that is a mean over samples; class scores for exact and sampled",
+        state="2 float32 per parameter",
+    )
+
+    def __init__(
+        self,
+        strength: float,
+        *,
+        fisher: Estimator = "empirical",
+        mode: Literal["online", "separate"] = "online",
+        decay: float = 1.0,
+        n_samples: int | None = None,
+        include: list[str] | None = None,
+        exclude: list[str] | None = None,
+        logits: str | None = None,
+        batch_adapter: BatchAdapter | None = None,
+    ) -> None:
+        check_positive("strength", strength)
+        if mode not in ("online", "separate"):
+            raise ValueError(f"`mode` must be 'online' or 'separate', got {mode!r}.")
+        if not 0 <= decay <= 1:
+            raise ValueError(f"`decay` must be from 0 to 1, got {decay!r}.")
+        if mode == "separate" and decay != 1.0:
+            raise ValueError(f"`decay={decay}` belongs to `mode='online'`; separate quadratics do not fade.")
+        if n_samples is not None:
+            check_positive("n_samples", n_samples)
+        self.strength = strength
+        self.fisher = fisher
+        self.mode = mode
+        self.decay = decay
+        self.include = include
+        self.exclude = exclude
+        self.estimator = FisherEstimator(fisher, batch_adapter or BatchAdapter(), n_samples, logits)
+        self._checked = False
+        self._fisher = ParameterState()
+        self._anchors = ParameterState()
+        self._constant = 0.0
+        self._parameters: dict[str, torch.nn.Parameter] = {}
+        self._owned: dict[int, list[str]] = {}
+
+    # ------------------------------------------------------------------ set-up
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # here, and not in `setup`: only now are parameters sharded, on their device, and the state restored
+        self._parameters = select_parameters(pl_module, self.include, self.exclude)
+        self._fisher.place(self._parameters, "The Fisher information of `EWC`")
+        self._anchors.place(self._parameters, "The anchors of `EWC`")
+        self._owned = {}
+        self._checked = False
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if not self._checked:
+            # what would fail at the task's end fails before the first step
+            self.estimator.check(pl_module, self._parameters, batch)
+            self._checked = True
+
+    # ------------------------------------------------------------------ the penalty
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if not self._fisher:
+            return
+        names = self._names_of(optimizer)
+        parameters = [self._parameters[name] for name in names]
+        for parameter in parameters:
+            if parameter.grad is None:
+                # the penalty reaches a weight that this step's loss does not
+                parameter.grad = torch.zeros_like(parameter)
+        grads = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+        weights = [local(parameter.detach()) for parameter in parameters]
+        fisher, anchors = [self._fisher[name] for name in names], [self._anchors[name] for name in names]
+        ewc_gradient_(grads, weights, anchors, fisher, self.strength)
+
+    def _names_of(self, optimizer: Optimizer) -> list[str]:
+        """Return the protected parameters that ``optimizer`` steps; with several optimizers each is penalised once."""
+        if id(optimizer) not in self._owned:
+            stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            self._owned[id(optimizer)] = [n for n in self._fisher if id(self._parameters[n]) in stepped]
+        return self._owned[id(optimizer)]
+
+    def penalty(self) -> Tensor:
+        """Return the value of the penalty at the present weights, a float32 scalar over all shards."""
+        names = list(self._fisher)
+        weights = [local(self._parameters[name].detach()) for name in names]
+        anchors, fisher = [self._anchors[name] for name in names], [self._fisher[name] for name in names]
+        return ewc_penalty(weights, anchors, fisher, self.strength, self._constant)
+
+    # ------------------------------------------------------------------ consolidation
+
+    @override
+    def on_task_end(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
+        new = self.estimator.estimate(trainer, pl_module, self._parameters, derived_seed("fisher", task.index))
+        names = list(self._parameters)
+        weights = {name: local(p.detach()).to(new[name].dtype, copy=True) for name, p in self._parameters.items()}
+        if not self._fisher:
+            self._fisher.set(new, self._parameters)
+            self._anchors.set(weights, self._parameters)
+            self._owned = {}
+            return
+        fisher, added = [self._fisher[name] for name in names], [new[name] for name in names]
+        latest = [weights[name] for name in names]
+        if self.mode == "online":
+            merge_online_(fisher, added, self.decay)
+            self._anchors.set(weights, self._parameters)
+        else:
+            rise = merge_separate_(fisher, [self._anchors[name] for name in names], added, latest)
+            self._constant += float(rise)
+
+    # ------------------------------------------------------------------ checkpoints
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "fisher": self._fisher.state_dict(),
+            "anchors": self._anchors.state_dict(),
+            "constant": self._constant,
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._fisher.load_state_dict(state_dict["fisher"])
+        self._anchors.load_state_dict(state_dict["anchors"])
+        self._constant = state_dict["constant"]

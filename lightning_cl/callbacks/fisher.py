@@ -1,0 +1,187 @@
+"""The diagonal Fisher information of any LightningModule over the task that is ending."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.nn import Parameter
+
+from lightning_cl.core.batches import BatchAdapter
+from lightning_cl.core.capture import OutputCapture, forward_loss, run_step, undisturbed
+from lightning_cl.core.distributed import sum_over_ranks_
+from lightning_cl.core.state import shard
+from lightning_cl.core.task_data import task_batches
+from lightning_cl.functional.fisher import batched_fisher, empirical_fisher, exact_fisher, sampled_fisher
+from lightning_cl.functional.per_sample import LayerTape
+from lightning_cl.functional.sample_loop import SampleLoop, squared_sums_by_loop
+
+__all__ = ["Estimator", "FisherEstimator"]
+
+Estimator = Literal["empirical", "sampled", "exact", "batched"]
+_COMPARED = 3
+_TOLERANCE = 1e-2
+
+
+class FisherEstimator:
+    r"""Measures :math:`F = \frac{1}{N} \sum_n (\nabla_\theta \ell_n)^2` with the user's own step, in evaluation mode.
+
+    ``"empirical"`` squares the gradients of the module's own loss on single samples, whatever that loss is; they come
+    from whole batches where the loss is a mean over samples and the layers allow it, which :meth:`check` finds out, and
+    from a loop over samples otherwise. ``"sampled"`` and ``"exact"`` need class scores, which are captured.
+
+    Args:
+        fisher: ``"empirical"``, ``"sampled"``, ``"exact"`` or ``"batched"``.
+        adapter: Reads batches.
+        n_samples: Samples over all ranks; the whole task if ``None``.
+        logits: Submodule that returns the class scores; found by itself if ``None``.
+
+    Raises:
+        ValueError: If ``fisher`` is unknown.
+    """
+
+    def __init__(self, fisher: Estimator, adapter: BatchAdapter, n_samples: int | None, logits: str | None) -> None:
+        if fisher not in get_args(Estimator):
+            raise ValueError(f"`fisher` must be one of {get_args(Estimator)}, got {fisher!r}.")
+        self.fisher = fisher
+        self.adapter = adapter
+        self.n_samples = n_samples
+        self.logits = logits
+        self._by_sample: bool | None = None
+
+    def check(self, pl_module: LightningModule, parameters: Mapping[str, Parameter], batch: Any) -> None:
+        """Try the estimator on a training batch, before the first step, and choose between batches and samples.
+
+        Raises:
+            ValueError: If the module gives no loss or no class scores, or has no labels where they are needed.
+        """
+        if self.fisher == "batched" and not pl_module.automatic_optimization:
+            raise ValueError(
+                "`fisher='batched'` runs the module's `training_step`, which under manual optimization would step the"
+                " optimizer. Use 'empirical', 'sampled' or 'exact'."
+            )
+        part = self.adapter.select(batch, range(min(_COMPARED, self.adapter.size(batch))))
+        with undisturbed(pl_module, seed=0), LayerTape(pl_module, list(parameters)) as tape:
+            if self.fisher == "batched":
+                forward_loss(pl_module, part)
+                self._by_sample = False
+            elif self._uses_logits(pl_module):
+                with OutputCapture(pl_module, self.logits) as capture:
+                    run_step(pl_module, part, self.adapter)
+                    self._sums_from_logits(tape, capture.output, part, torch.Generator(), None)
+                    run_step(pl_module, part, self.adapter)
+                    scores = capture.output.flatten(1).logsumexp(1)
+                reasons = tape.uncovered(scores, batch_size=len(scores))
+                self._by_sample = _on_any_rank(bool(reasons), pl_module)
+            else:
+                self._by_sample = _on_any_rank(not self._agrees(tape, pl_module, parameters, part), pl_module)
+        if self._by_sample:
+            rank_zero_info(
+                f"The Fisher information of {type(pl_module).__name__} is measured by a loop over samples: its loss is no"
+                " mean over samples, or a layer has no rule for per-sample gradients."
+            )
+
+    def estimate(
+        self, trainer: Trainer, pl_module: LightningModule, parameters: Mapping[str, Parameter], seed: int
+    ) -> dict[str, Tensor]:
+        """Return the diagonal over the current task, float32, in the placement of each parameter.
+
+        Args:
+            trainer: The running Trainer.
+            pl_module: The user's module.
+            parameters: The parameters by name.
+            seed: Seeds the labels of ``"sampled"``.
+
+        Raises:
+            ValueError: If the task holds no sample.
+        """
+        sums = {
+            name: torch.zeros(p.shape, dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
+            for name, p in parameters.items()
+        }
+        count = 0
+        generator = torch.Generator().manual_seed(seed)
+        with undisturbed(pl_module, seed), LayerTape(pl_module, list(parameters)) as tape:
+            for batch, _ in task_batches(trainer, pl_module, self.adapter, self.n_samples):
+                size = self.adapter.size(batch)
+                if self.fisher == "batched":
+                    batched_fisher(parameters, forward_loss(pl_module, batch) * size, size, into=sums)
+                    tape.clear()
+                elif self._uses_logits(pl_module):
+                    with OutputCapture(pl_module, self.logits) as capture:
+                        run_step(pl_module, batch, self.adapter)
+                    size = self._sums_from_logits(
+                        SampleLoop(parameters) if self._by_sample else tape, capture.output, batch, generator, sums
+                    )
+                    tape.clear()
+                elif self._by_sample or self._is_uneven(batch, pl_module):
+                    singles = (self.adapter.select(batch, [index]) for index in range(size))
+                    squared_sums_by_loop((forward_loss(pl_module, one) for one in singles), parameters, into=sums)
+                    tape.clear()
+                else:
+                    tape.squared_sums(forward_loss(pl_module, batch) * size, batch_size=size, into=sums)
+                count += size
+        total = sum_over_ranks_(torch.tensor(float(count), device=pl_module.device, dtype=torch.float64))
+        if not total:
+            raise ValueError("The task holds no sample to measure the Fisher information on.")
+        return {name: shard(sum_over_ranks_(value).div_(float(total)), parameters[name]) for name, value in sums.items()}
+
+    def _uses_logits(self, pl_module: LightningModule) -> bool:
+        return self.fisher in ("sampled", "exact") or not pl_module.automatic_optimization
+
+    def _sums_from_logits(
+        self,
+        tape: LayerTape | SampleLoop,
+        logits: Tensor,
+        batch: Any,
+        generator: torch.Generator,
+        into: dict[str, Tensor] | None,
+    ) -> int:
+        """Add the sums of a batch to ``into``; return the samples that count."""
+        labels = self.adapter.labels(batch)
+        if self.fisher == "exact":
+            return exact_fisher(tape, logits, into=into).count
+        if self.fisher == "sampled":
+            usable = labels if labels is not None and labels.shape == logits.shape[:-1] else None
+            return sampled_fisher(tape, logits, generator, labels=usable, into=into).count
+        if labels is None:
+            raise ValueError("`fisher='empirical'` needs labels in the batch; 'sampled' and 'exact' need none.")
+        return empirical_fisher(tape, logits, labels, into=into).count
+
+    def _agrees(
+        self, tape: LayerTape, pl_module: LightningModule, parameters: Mapping[str, Parameter], part: Any
+    ) -> bool:
+        """Return whether squares taken from a batch equal those of the module's losses on its single samples."""
+        size = self.adapter.size(part)
+        singles = (self.adapter.select(part, [index]) for index in range(size))
+        expected = squared_sums_by_loop((forward_loss(pl_module, one) for one in singles), parameters)
+        tape.clear()
+        try:
+            found = tape.squared_sums(forward_loss(pl_module, part) * size, batch_size=size)
+        except (RuntimeError, ValueError):
+            return False
+        roots = {name: square.sqrt() for name, square in expected.items()}
+        # gradients that are 0 but for rounding differ by all of themselves
+        noise = 1e-3 * _TOLERANCE * max(_norm(root) for root in roots.values())
+        return all(_norm(found[n].sqrt() - root) <= _TOLERANCE * _norm(root) + noise for n, root in roots.items())
+
+    def _is_uneven(self, batch: Any, pl_module: LightningModule) -> bool:
+        """Return whether a mean over tokens weighs the samples of this batch unequally."""
+        labels = self.adapter.labels(batch)
+        if labels is None or labels.ndim < 2 or labels.is_floating_point():
+            return False
+        supervised = (labels != -100).flatten(1).sum(1)
+        return _on_any_rank(bool((supervised != supervised[0]).any()), pl_module)
+
+
+def _on_any_rank(flag: bool, pl_module: LightningModule) -> bool:
+    # ranks of a sharded model must run the same forwards
+    return bool(sum_over_ranks_(torch.tensor(float(flag), device=pl_module.device)) > 0)
+
+
+def _norm(tensor: Tensor) -> float:
+    return float(tensor.norm())

@@ -1,0 +1,265 @@
+"""Experience replay (Chaudhry et al. 2019, "On Tiny Episodic Memories in Continual Learning", arXiv:1902.10486)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_cl.core.batches import BatchAdapter, Column
+from lightning_cl.core.capture import OutputCapture, forward_loss, run_step, silenced, undisturbed
+from lightning_cl.core.checks import check_automatic_optimization, check_positive
+from lightning_cl.core.card import MethodCard
+from lightning_cl.core.distributed import gather_on_rank_zero, gather_rows
+from lightning_cl.core.events import ContinualCallback, TaskEvents
+from lightning_cl.core.rng import derived_seed
+from lightning_cl.core.task import Task
+from lightning_cl.core.task_data import IdentifiedData, global_rows, task_batches
+from lightning_cl.memory import Drawn, IndexStorage, MmapStorage, ReplayBuffer, Storage
+
+__all__ = ["ExperienceReplay"]
+
+
+class ExperienceReplay(ContinualCallback):
+    r"""Keep a bounded memory of samples and train on some of them in every step.
+
+    With the incoming batch :math:`B` and a draw :math:`B_M` from the memory, the step minimises
+
+    .. math:: \frac{1}{|B| + |B_M|} \sum_{i \in B \cup B_M} \ell_i \quad (\text{``joint''}) \qquad \text{or} \qquad
+        \frac{1}{|B|} \sum_{i \in B} \ell_i + \frac{w}{|B_M|} \sum_{i \in B_M} \ell_i \quad (\text{``separate''})
+
+    for a module whose loss is the mean over its batch. The memory is updated after the step, so a sample is never
+    replayed beside itself for the first time. Every sample is kept at most once, however many epochs show it.
+
+    On a task stream a sample is known by its identity. Otherwise the first epoch of a fit is taken as one pass over its
+    data, and the later ones add nothing.
+
+    Args:
+        capacity: Samples in memory, over all ranks together.
+        batch_size: Samples drawn for each rank and step; as many as the incoming batch holds if ``None``.
+        policy: Which samples stay: ``"reservoir"`` (uniform over all seen), ``"class_balanced"``, ``"ring"`` (equal
+            shares for tasks, the latest samples of each), ``"herding"`` (nearest to the class mean, needs ``features``).
+        storage: ``"memory"``, ``"mmap"`` (on disk, needs ``directory``) or ``"index"`` (identities only; samples are read
+            from the stream's dataset again).
+        mode: ``"joint"`` puts the draw behind the incoming batch, in one forward; ``"separate"`` runs the module's
+            ``training_step`` on it a second time and adds its loss.
+        weight: The factor w of ``"separate"``.
+        directory: Folder of the memory-mapped files.
+        features: Name of the submodule whose output is the feature vector, for ``"herding"``.
+        batch_adapter: Reads batches of an uncommon structure.
+        seed: Seed of the memory's choices and draws.
+
+    Raises:
+        ValueError: For a setting out of range; at the start of a fit for ``"separate"`` under manual optimization, for
+            ``"index"`` without a task stream, and for a policy that needs labels or task boundaries on data without.
+    """
+
+    card: ClassVar[MethodCard] = MethodCard(
+        name="er",
+        family="replay",
+        paper="Chaudhry et al. 2019, arXiv:1902.10486",
+        needs="labels for class_balanced and herding; task boundaries for ring and herding",
+        state="capacity samples over all ranks",
+    )
+
+    def __init__(
+        self,
+        capacity: int,
+        *,
+        batch_size: int | None = None,
+        policy: str = "reservoir",
+        storage: Literal["memory", "mmap", "index"] = "memory",
+        mode: Literal["joint", "separate"] = "joint",
+        weight: float = 1.0,
+        directory: str | Path | None = None,
+        features: str | None = None,
+        batch_adapter: BatchAdapter | None = None,
+        seed: int = 0,
+    ) -> None:
+        check_positive("capacity", capacity)
+        check_positive("weight", weight)
+        if batch_size is not None:
+            check_positive("batch_size", batch_size)
+        if mode not in ("joint", "separate"):
+            raise ValueError(f"`mode` must be 'joint' or 'separate', got {mode!r}.")
+        if mode == "joint" and weight != 1.0:
+            raise ValueError(f"`weight={weight}` belongs to `mode='separate'`; a joint forward weighs samples equally.")
+        if (storage == "mmap") != (directory is not None):
+            raise ValueError(
+                f"`directory` (a folder for its files) goes with `storage='mmap'`, got `storage={storage!r}`,"
+                f" `directory={directory!r}`."
+            )
+        if (policy == "herding") != (features is not None):
+            raise ValueError(
+                f"`features` (the name of a submodule) goes with `policy='herding'`, got `policy={policy!r}`,"
+                f" `features={features!r}`."
+            )
+        self.capacity = capacity
+        self.batch_size = batch_size
+        self.policy = policy
+        self.storage = storage
+        self.mode = mode
+        self.weight = weight
+        self.directory = directory
+        self.features = features
+        self.adapter = batch_adapter or BatchAdapter()
+        self.seed = seed
+        self._presented = 0
+        self._first_epoch: int | None = None
+        self.buffer = self._new_buffer(rank=0, world_size=1)
+        # class attributes of the base: a policy decides what this callback must know
+        self.boundaries = "required" if self.buffer.policy.needs_boundaries else "unused"  # type: ignore[misc]
+
+    def _new_buffer(self, rank: int, world_size: int) -> ReplayBuffer:
+        storage: str | Storage = self.storage
+        if self.directory is not None:
+            storage = MmapStorage(self.directory)
+        return ReplayBuffer(self.capacity, self.policy, storage, rank=rank, world_size=world_size, seed=self.seed)
+
+    # ------------------------------------------------------------------ set-up
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit":
+            return
+        if self.mode == "separate":
+            check_automatic_optimization(pl_module, self, "mode='separate'", "Use `mode='joint'`.")
+        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        identified = self._identified(trainer)
+        if self.storage == "index" and not identified:
+            raise ValueError(
+                "`ExperienceReplay(storage='index')` reads samples again by their identity, which only a"
+                " `TaskStreamDataModule` gives. Use `storage='memory'` or `'mmap'`."
+            )
+        if identified and self.buffer.policy.needs_labels and datamodule.labels_of(torch.zeros(0).long()) is None:
+            raise ValueError(
+                f"`ExperienceReplay(policy={self.policy!r})` needs class labels, but the stream's data has none. Use"
+                " `policy='reservoir'`, or name the labels by `TaskStreamDataModule(label=...)`."
+            )
+        rank, world_size = trainer.global_rank, trainer.world_size
+        if (rank, world_size) != (self.buffer.rank, self.buffer.world_size):
+            if len(self.buffer):
+                raise ValueError(
+                    f"The memory was filled on {self.buffer.world_size} ranks and this fit has {world_size}: resume from"
+                    " a checkpoint, which redistributes it."
+                )
+            self.buffer = self._new_buffer(rank, world_size)
+        if isinstance(self.buffer.storage, IndexStorage):
+            self.buffer.storage.bind(lambda sample_ids: self.adapter.columns(datamodule.fetch(sample_ids)))
+
+    @override
+    def on_task_start(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
+        # not called on a stream that hides its boundaries, where every epoch brings new samples
+        self._first_epoch = trainer.current_epoch
+
+    @staticmethod
+    def _identified(trainer: Trainer) -> bool:
+        return isinstance(trainer.datamodule, IdentifiedData)  # type: ignore[attr-defined]
+
+    # ------------------------------------------------------------------ rehearsal
+
+    @override
+    def transform_batch(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> Any:
+        drawn = self._draw(trainer, batch) if self.mode == "joint" else None
+        return batch if drawn is None else self.adapter.join(batch, drawn.columns)
+
+    @override
+    def loss_term(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, outputs: Any
+    ) -> Tensor | None:
+        drawn = self._draw(trainer, batch) if self.mode == "separate" else None
+        if drawn is None:
+            return None
+        replayed = self.adapter.join(self.adapter.select(batch, slice(0, 0)), drawn.columns)
+        with silenced(pl_module):
+            loss = forward_loss(pl_module, replayed, batch_idx)
+        return self.weight * loss
+
+    def _draw(self, trainer: Trainer, batch: Any) -> Drawn | None:
+        size = self.batch_size or self.adapter.size(batch)
+        # micro-batches of one fit differ by their number, fits of one stream by the tasks before them
+        step = TaskEvents.attach(trainer).completed_tasks * 2**40 + trainer.fit_loop.total_batch_idx
+        return self.buffer.draw(size, step=step)
+
+    # ------------------------------------------------------------------ memory
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        policy = self.buffer.policy
+        # the first epoch of a task shows all its samples; later ones matter only where the latest presentation does
+        again = self._first_epoch is not None and trainer.current_epoch != self._first_epoch
+        if policy.selects_at_task_end or (again and not (policy.renews and self._identified(trainer))):
+            return
+        sample_ids, owners, labels = global_rows(trainer, self.adapter, batch, batch_idx, self._presented)
+        self._presented += len(sample_ids)
+        task = TaskEvents.attach(trainer).task
+        assert task is not None
+        columns = {} if self.storage == "index" else self.adapter.columns(batch)
+        self.buffer.insert(columns, sample_ids, labels=labels, task=task.index, owners=owners)
+
+    @override
+    def on_task_end(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
+        if not self.buffer.policy.selects_at_task_end:
+            return
+        seed = derived_seed(self.seed, "features", task.index)
+        ids, features, labels, columns = [], [], [], []
+        with undisturbed(pl_module, seed), OutputCapture(pl_module, self.features) as capture:
+            for batch, sample_ids in task_batches(trainer, pl_module, self.adapter):
+                with torch.no_grad():
+                    run_step(pl_module, batch, self.adapter)
+                found = self.adapter.labels(batch)
+                if found is None:
+                    raise ValueError("`ExperienceReplay(policy='herding')` needs labels in every batch.")
+                ids.append(sample_ids)
+                features.append(capture.output.detach().flatten(1).float().cpu())
+                labels.append(found.cpu())
+                columns.append(self.adapter.columns(batch))
+        all_ids, owners = gather_rows(torch.cat(ids))
+        self.buffer.offer(
+            _stack(columns),
+            all_ids,
+            labels=gather_rows(torch.cat(labels))[0],
+            task=task.index,
+            features=gather_rows(torch.cat(features))[0],
+            owners=owners,
+        )
+
+    def purge(self, sample_ids: Tensor) -> int:
+        """Remove samples for good, here and in every later checkpoint; return how many all ranks removed."""
+        return self.buffer.purge(sample_ids)
+
+    # ------------------------------------------------------------------ checkpoints
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        parts = gather_on_rank_zero(self.buffer.state_dict())
+        return {
+            "presented": self._presented,
+            "first_epoch": self._first_epoch,
+            "buffer": None if parts is None else ReplayBuffer.merge_states(parts),
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._presented = state_dict["presented"]
+        self._first_epoch = state_dict["first_epoch"]
+        self.buffer.load_state_dict(state_dict["buffer"])
+
+
+def _stack(parts: list[dict[str, Column]]) -> dict[str, Column]:
+    """Join the columns of several batches; rows that differ in shape between batches become a list."""
+    joined: dict[str, Column] = {}
+    for path in parts[0]:
+        leaves = [part[path] for part in parts]
+        if all(isinstance(leaf, Tensor) and leaf.shape[1:] == leaves[0].shape[1:] for leaf in leaves):  # type: ignore[union-attr]
+            joined[path] = torch.cat([leaf.cpu() for leaf in leaves if isinstance(leaf, Tensor)])
+        else:
+            joined[path] = [row.cpu() if isinstance(row, Tensor) else row for leaf in leaves for row in leaf]
+    return joined

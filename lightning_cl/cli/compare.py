@@ -1,0 +1,150 @@
+"""Several methods on one stream, over several seeds, side by side."""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+import os
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightning_cl.cli.methods import method_classes
+from lightning_cl.metrics.record import read_records
+from lightning_cl.report import print_table, summarise, write_report
+
+__all__ = ["compare"]
+
+_BASELINES = ("finetune", "joint")
+
+
+@dataclass(frozen=True)
+class _Run:
+    method: str
+    seed: int
+    directory: Path
+
+
+def compare(stream: str | Path, *, methods: list[str], seeds: int, output: str | Path, jobs: int = 1) -> Path:
+    """Run every method with every seed, print the table and write the report.
+
+    Each run is a process of its own, so that time and memory are its own.
+
+    Args:
+        stream: A config for ``lightning-cl fit``. Its key ``methods`` holds, by name, the settings of each method: the
+            arguments of its class, or ``callbacks`` (a list as in a Trainer's config) for a combination.
+        methods: Names: ``finetune`` (no method), ``joint`` (all tasks at once), those of ``lightning-cl methods``, and
+            those defined under ``methods`` in the config.
+        seeds: Runs of each method, with seeds from 0.
+        output: Folder for runs and report.
+        jobs: Runs at the same time.
+
+    Returns:
+        The report's path.
+
+    Raises:
+        ValueError: If a method is unknown, the config does not fit, or a run failed.
+    """
+    config = _read(stream)
+    settings = config.pop("methods", None) or {}
+    for method in methods:
+        if method not in (*_BASELINES, *settings, *method_classes()):
+            known = sorted({*_BASELINES, *settings, *method_classes()})
+            raise ValueError(f"`--methods` names {method!r}; known are {', '.join(known)}.")
+    if seeds < 1 or jobs < 1:
+        raise ValueError(f"`--seeds` and `--jobs` must be at least 1, got {seeds} and {jobs}.")
+    folder = Path(output)
+    runs = [_Run(method, seed, folder / method / f"seed-{seed}") for method in methods for seed in range(seeds)]
+    for run in runs:
+        run.directory.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump(_config_of(run, config, settings.get(run.method, {})), sort_keys=False)
+        (run.directory / "compare.yaml").write_text(text)
+        (run.directory / "record.json").unlink(missing_ok=True)
+    _run_all(runs, jobs)
+    records = read_records([run.directory for run in runs])
+    print_table(summarise(records))
+    report = write_report(records, folder)
+    print(f"report: {report}")
+    return report
+
+
+def _read(stream: str | Path) -> dict[str, Any]:
+    path = Path(stream)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no config {str(path)!r}.")
+    config = yaml.safe_load(path.read_text())
+    if not isinstance(config, dict) or "scenario" not in _stream_settings(config):
+        raise ValueError(
+            f"{str(path)!r} is no config of a task stream: `data` must be a `TaskStreamDataModule` with a `scenario`."
+        )
+    return config
+
+
+def _stream_settings(config: dict[str, Any]) -> dict[str, Any]:
+    data = config.get("data")
+    settings = data.get("init_args") if isinstance(data, dict) else None
+    return settings if isinstance(settings, dict) else {}
+
+
+def _config_of(run: _Run, config: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the config of one run: the user's, with the method, the seed and the metrics put in."""
+    config = copy.deepcopy(config)
+    config["seed_everything"] = run.seed
+    stream = _stream_settings(config)
+    stream["seed"] = run.seed
+    if run.method == "joint":
+        stream["scenario"] = {"class_path": "Joint", "init_args": {"scenario": stream["scenario"]}}
+    trainer = config.setdefault("trainer", {})
+    callbacks = list(trainer.get("callbacks") or [])
+    metrics = [entry for entry in callbacks if entry.get("class_path", "").rpartition(".")[2] == "ContinualMetrics"]
+    if not metrics:
+        callbacks.append({"class_path": "ContinualMetrics"})
+        metrics = callbacks[-1:]
+    metrics[0].setdefault("init_args", {}).update(name=run.method, directory=str(run.directory))
+    if "callbacks" in settings:
+        callbacks += settings["callbacks"]
+    elif run.method not in _BASELINES:
+        callbacks.append({"class_path": method_classes()[run.method].__name__, "init_args": settings})
+    trainer.update(callbacks=callbacks, default_root_dir=str(run.directory), enable_progress_bar=False, logger=False)
+    trainer.update(enable_model_summary=False, enable_checkpointing=False)
+    return config
+
+
+def _run_all(runs: list[_Run], jobs: int) -> None:
+    failed: list[str] = []
+    with ThreadPoolExecutor(jobs) as pool:
+        waiting = {pool.submit(_run_apart, run.directory): run for run in runs}
+        for number, done in enumerate(as_completed(waiting), start=1):
+            run = waiting[done]
+            error = done.result()
+            print(f"[{number}/{len(runs)}] {run.method}, seed {run.seed}: {error or 'done'}", flush=True)
+            if error:
+                failed.append(f"{run.method} (seed {run.seed}): {error}")
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(runs)} runs failed; {failed[0]}")
+
+
+def _run_apart(directory: Path) -> str | None:
+    """Fit one config in a fresh process; return its error, ``None`` if there is none."""
+    # the server has imported everything once and forks a process for each run
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lightning_cl.cli.lightning"])
+    process = context.Process(target=_fit, args=(directory,))
+    process.start()
+    process.join()
+    if process.exitcode == 0:
+        return None
+    lines = [line for line in (directory / "log.txt").read_text().splitlines() if line.strip()]
+    return f"{lines[-1] if lines else f'ended with exit code {process.exitcode}'} (see {directory / 'log.txt'})"
+
+
+def _fit(directory: Path) -> None:
+    from lightning_cl.cli.lightning import run
+
+    with (directory / "log.txt").open("w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        run(["fit", "--config", str(directory / "compare.yaml")])

@@ -1,0 +1,90 @@
+"""The command ``lightning-cl``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+__all__ = ["main"]
+
+_LIGHTNING = {"fit", "validate", "test", "predict"}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; errors a user can mend are one line on standard error and exit status 2.
+
+    Args:
+        arguments: What follows the program's name; ``sys.argv`` if ``None``.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if given and given[0] in _LIGHTNING:
+            from lightning_cl.cli.lightning import run
+
+            run(given)
+        else:
+            options = _parser().parse_args(given)
+            options.run(options)
+    except (ValueError, FileNotFoundError, ImportError, MisconfigurationException) as error:
+        if "--traceback" in given:
+            raise
+        print(f"lightning-cl: error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lightning-cl", description="Continual learning and unlearning on PyTorch Lightning."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name in ("fit", "validate", "test", "predict"):
+        commands.add_parser(name, help=f"{name} with a LightningCLI config: lightning-cl {name} --config run.yaml")
+
+    methods = commands.add_parser("methods", help="list the methods")
+    methods.set_defaults(run=_methods)
+
+    compare = commands.add_parser("compare", help="run several methods on one stream and report them")
+    compare.add_argument("stream", help="a config for `lightning-cl fit`, with the settings of methods under `methods:`")
+    compare.add_argument("--methods", default="finetune,joint", help="names, joined by commas")
+    compare.add_argument("--seeds", type=int, default=1, help="seeds 0 to N-1 for every method")
+    compare.add_argument("--output", default="lightning_cl_comparison", help="folder for the runs and the report")
+    compare.add_argument("--jobs", type=int, default=1, help="runs at the same time")
+    compare.set_defaults(run=_compare)
+
+    report = commands.add_parser("report", help="write the HTML report of finished runs")
+    report.add_argument("runs", nargs="+", help="folders with a record.json, searched in depth")
+    report.add_argument("--output", default="lightning_cl_report", help="folder for the report")
+    report.set_defaults(run=_report)
+    return parser
+
+
+def _methods(options: argparse.Namespace) -> None:
+    from lightning_cl.cli.methods import print_methods
+
+    print_methods()
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from lightning_cl.cli.compare import compare
+
+    compare(
+        options.stream,
+        methods=[name.strip() for name in options.methods.split(",") if name.strip()],
+        seeds=options.seeds,
+        output=options.output,
+        jobs=options.jobs,
+    )
+
+
+def _report(options: argparse.Namespace) -> None:
+    from lightning_cl.metrics.record import read_records
+    from lightning_cl.report import write_report
+
+    print(f"report: {write_report(read_records(options.runs), options.output)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""Reading, cutting and joining batches of any common structure.
+
+A batch is a tensor, or tuples, lists, named tuples, mappings and dataclasses of tensors. A *leaf* is a tensor whose
+first dimension is the batch, or a list with one entry per sample (strings, say); it is named by its path, such as
+``"0"`` or ``"inputs.input_ids"``. Everything else in a batch is shared by its samples and left alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+__all__ = ["BatchAdapter", "Column"]
+
+Column = Tensor | list[Any]
+_LABEL_KEYS = ("labels", "label", "targets", "target", "y")
+_IGNORED_LABEL = -100
+
+
+class BatchAdapter:
+    """Tells where the samples, inputs and labels of a batch are. Subclass it for a structure it does not read.
+
+    Args:
+        inputs: Path of the inputs, such as ``"0"`` or ``"pixel_values"``; by default the first element of a tuple or
+            list, and a whole mapping without its labels.
+        labels: Path of the labels; by default the second element of a tuple or list, and the first of ``labels``,
+            ``label``, ``targets``, ``target``, ``y`` in a mapping.
+
+    Example:
+        >>> adapter = BatchAdapter()
+        >>> batch = {"input_ids": torch.ones(2, 3), "labels": torch.tensor([0, 1])}
+        >>> adapter.size(batch), adapter.labels(batch).tolist()
+        (2, [0, 1])
+        >>> adapter.join(batch, adapter.columns(adapter.select(batch, [1])))["labels"].tolist()
+        [0, 1, 1]
+    """
+
+    def __init__(self, inputs: str | None = None, labels: str | None = None) -> None:
+        self.inputs_path = inputs
+        self.labels_path = labels
+
+    def size(self, batch: Any) -> int:
+        """Return the number of samples in ``batch``.
+
+        Raises:
+            ValueError: If no leaf with a batch dimension is found.
+        """
+        for leaf in _leaves(batch).values():
+            if isinstance(leaf, Tensor) and leaf.ndim > 0:
+                return len(leaf)
+        raise ValueError(
+            f"A batch of type {type(batch).__name__} holds no tensor with a batch dimension. Pass"
+            " `batch_adapter=` with a subclass of `BatchAdapter` that reads it."
+        )
+
+    def columns(self, batch: Any) -> dict[str, Column]:
+        """Return the leaves that have one entry per sample, by their paths."""
+        size = self.size(batch)
+        return {path: leaf for path, leaf in _leaves(batch).items() if _is_column(leaf, size)}
+
+    def select(self, batch: Any, indices: Sequence[int] | slice) -> Any:
+        """Return the batch of the samples at ``indices``."""
+        size = self.size(batch)
+        rows = range(size)[indices] if isinstance(indices, slice) else indices
+
+        def cut(path: str, leaf: Any) -> Any:
+            if not _is_column(leaf, size):
+                return leaf
+            if isinstance(leaf, Tensor):
+                return leaf[indices] if isinstance(indices, slice) else leaf[list(indices)]
+            return [leaf[row] for row in rows]
+
+        return _map(batch, cut)
+
+    def join(self, batch: Any, columns: Mapping[str, Column]) -> Any:
+        """Return ``batch`` with the rows of ``columns`` behind its own, on its device and in its dtypes.
+
+        Rows that are longer or shorter than the batch's (token sequences) are padded on the right: labels with -100,
+        everything else with 0.
+
+        Raises:
+            ValueError: If ``columns`` lacks a leaf of the batch.
+        """
+        size = self.size(batch)
+
+        def append(path: str, leaf: Any) -> Any:
+            if not _is_column(leaf, size):
+                return leaf
+            if path not in columns:
+                raise ValueError(
+                    f"The stored samples have no {path!r}, which this batch has (they have {sorted(columns)}). Batches of"
+                    " one run must share their structure."
+                )
+            rows = columns[path]
+            if not isinstance(leaf, Tensor):
+                return [*leaf, *rows]
+            filler = _IGNORED_LABEL if self._is_label_path(path) and not leaf.is_floating_point() else 0
+            return _concatenate(leaf, rows, filler)
+
+        return _map(batch, append)
+
+    def inputs(self, batch: Any) -> Any:
+        """Return the inputs of ``batch``: what its module's ``forward`` takes."""
+        if self.inputs_path is not None:
+            return self._leaf(batch, self.inputs_path, "inputs")
+        if isinstance(batch, Mapping):
+            labels = self._labels_path(batch)
+            return {key: value for key, value in batch.items() if key != labels}
+        return batch[0] if isinstance(batch, (tuple, list)) else batch
+
+    def labels(self, batch: Any) -> Tensor | None:
+        """Return the labels of ``batch``, ``None`` if it has none."""
+        path = self._labels_path(batch)
+        if path is None:
+            return None
+        labels = self._leaf(batch, path, "labels")
+        return labels if isinstance(labels, Tensor) else None
+
+    def _labels_path(self, batch: Any) -> str | None:
+        if self.labels_path is not None:
+            return self.labels_path
+        if isinstance(batch, Mapping):
+            return next((key for key in _LABEL_KEYS if key in batch), None)
+        return "1" if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
+
+    def _is_label_path(self, path: str) -> bool:
+        return path == self.labels_path if self.labels_path is not None else path in (*_LABEL_KEYS, "1")
+
+    @staticmethod
+    def _leaf(batch: Any, path: str, setting: str) -> Any:
+        leaves = _leaves(batch)
+        if path not in leaves:
+            raise ValueError(f"`BatchAdapter({setting}={path!r})` names no leaf of the batch; it has {sorted(leaves)}.")
+        return leaves[path]
+
+
+def _children(node: Any) -> list[tuple[str, Any]] | None:
+    """Return the named children of a container, ``None`` for a leaf."""
+    if isinstance(node, Mapping):
+        return [(str(key), value) for key, value in node.items()]
+    if isinstance(node, tuple) or (isinstance(node, list) and any(isinstance(value, Tensor) for value in node)):
+        return [(str(position), value) for position, value in enumerate(node)]
+    if dataclasses.is_dataclass(node) and not isinstance(node, type):
+        return [(field.name, getattr(node, field.name)) for field in dataclasses.fields(node)]
+    return None
+
+
+def _leaves(node: Any, prefix: str = "") -> dict[str, Any]:
+    children = _children(node)
+    if children is None:
+        return {prefix: node}
+    leaves: dict[str, Any] = {}
+    for name, value in children:
+        leaves.update(_leaves(value, f"{prefix}.{name}" if prefix else name))
+    return leaves
+
+
+def _map(node: Any, function: Callable[[str, Any], Any], prefix: str = "") -> Any:
+    children = _children(node)
+    if children is None:
+        return function(prefix, node)
+    values = {name: _map(value, function, f"{prefix}.{name}" if prefix else name) for name, value in children}
+    if isinstance(node, Mapping):
+        mapped = dict(zip(node.keys(), values.values(), strict=True))
+        return mapped if type(node) is dict else type(node)(mapped)  # type: ignore[call-arg]
+    if isinstance(node, tuple) and hasattr(node, "_fields"):
+        return type(node)(*values.values())
+    if isinstance(node, (tuple, list)):
+        return type(node)(values.values())
+    return dataclasses.replace(node, **values)
+
+
+def _is_column(leaf: Any, size: int) -> bool:
+    if isinstance(leaf, Tensor):
+        return leaf.ndim > 0 and len(leaf) == size
+    return isinstance(leaf, list) and len(leaf) == size
+
+
+def _concatenate(first: Tensor, rows: Column, filler: int) -> Tensor:
+    parts = [first, *([rows] if isinstance(rows, Tensor) else [row[None] for row in rows])]
+    shape = [max(part.shape[axis] for part in parts) for axis in range(1, first.ndim)]
+
+    def fit(part: Tensor) -> Tensor:
+        part = part.to(device=first.device, dtype=first.dtype, non_blocking=True)
+        missing = [want - have for want, have in zip(shape, part.shape[1:], strict=True)]
+        if not any(missing):
+            return part
+        return pad(part, [amount for gap in reversed(missing) for amount in (0, gap)], value=filler)
+
+    return torch.cat([fit(part) for part in parts])

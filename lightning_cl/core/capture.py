@@ -1,0 +1,188 @@
+"""Running a user's module beside its training: unseen by its logs, metrics, buffers and random generators."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from lightning_cl.core.batches import BatchAdapter
+from lightning_cl.core.rng import isolated_rng
+from lightning_cl.core.step import loss_of, user_training_step
+
+__all__ = ["OutputCapture", "forward_loss", "move_batch", "run_step", "silenced", "undisturbed"]
+
+
+@contextmanager
+def silenced(pl_module: LightningModule) -> Iterator[None]:
+    """Let ``self.log`` and ``self.log_dict`` of the module do nothing inside the block."""
+    hidden = {name: pl_module.__dict__.get(name) for name in ("log", "log_dict")}
+    for name in hidden:
+        object.__setattr__(pl_module, name, _silence)
+    try:
+        yield
+    finally:
+        for name, value in hidden.items():
+            if value is None:
+                object.__delattr__(pl_module, name)
+            else:
+                object.__setattr__(pl_module, name, value)
+
+
+@contextmanager
+def undisturbed(pl_module: LightningModule, seed: int) -> Iterator[None]:
+    """Run the module in evaluation mode and leave no trace of it.
+
+    ``self.log`` is silent, torchmetrics and buffers keep their values, the training flags of all submodules and the
+    random generators come back as they were, and autocast is off, because squared gradients underflow in half precision.
+
+    Args:
+        pl_module: The user's module.
+        seed: Seeds the generators inside the block.
+    """
+    training = {module: module.training for module in pl_module.modules()}
+    metrics = [module for module in pl_module.modules() if isinstance(module, Metric)]
+    saved_metrics = [{key: _copy(value) for key, value in metric.metric_state.items()} for metric in metrics]
+    updates = [(metric._update_count, metric._computed, metric._forward_cache) for metric in metrics]
+    buffers = {name: buffer.detach().clone() for name, buffer in pl_module.named_buffers()}
+    pl_module.eval()
+    device = pl_module.device.type
+    try:
+        with silenced(pl_module), isolated_rng(seed), torch.enable_grad(), torch.autocast(device, enabled=False):
+            yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+        with torch.no_grad():
+            for name, buffer in pl_module.named_buffers():
+                if name in buffers:
+                    buffer.copy_(buffers[name])
+        for metric, state, update in zip(metrics, saved_metrics, updates, strict=True):
+            for key, value in state.items():
+                setattr(metric, key, value)
+            metric._update_count, metric._computed, metric._forward_cache = update
+
+
+def move_batch(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
+    """Bring a batch to the device the way Lightning does in training, the module's own transfer hooks included."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def forward_loss(pl_module: LightningModule, batch: Any, batch_idx: int = 0) -> Tensor:
+    """Return the loss of the user's own ``training_step``, without what callbacks add to it.
+
+    Raises:
+        ValueError: If the module returns no loss.
+    """
+    step = user_training_step(pl_module)
+    takes_index = is_param_in_hook_signature(step, "batch_idx", min_args=2)
+    loss = loss_of(step(batch, batch_idx) if takes_index else step(batch))
+    if loss is None:
+        raise ValueError(f"`{type(pl_module).__name__}.training_step` returned no loss, so it has no gradient to measure.")
+    return loss
+
+
+class OutputCapture:
+    """Records what a submodule returns while the module's own step runs.
+
+    Args:
+        pl_module: The user's module.
+        name: The submodule's name, such as ``"model.head"``. ``None`` takes the module itself if the step calls it, else
+            the last of its direct children that returned class scores.
+    """
+
+    def __init__(self, pl_module: LightningModule, name: str | None = None) -> None:
+        self._pl_module = pl_module
+        self._name = name
+        self._outputs: dict[str, Any] = {}
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> OutputCapture:
+        modules = dict(self._pl_module.named_modules())
+        if self._name is not None and self._name not in modules:
+            known = [name for name, _ in self._pl_module.named_children()]
+            raise ValueError(
+                f"{self._name!r} names no submodule of {type(self._pl_module).__name__}; its children are {known}."
+            )
+        watched = {self._name: modules[self._name]} if self._name else {"": self._pl_module}
+        if self._name is None:
+            watched.update(self._pl_module.named_children())
+        for name, module in watched.items():
+            self._handles.append(module.register_forward_hook(self._recorder(name)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _recorder(self, name: str) -> Any:
+        def record(module: nn.Module, inputs: Any, output: Any) -> None:
+            scores = _scores(output)
+            if scores is not None:
+                self._outputs.pop(name, None)
+                self._outputs[name] = scores
+
+        return record
+
+    def clear(self) -> None:
+        """Forget what was recorded."""
+        self._outputs = {}
+
+    @property
+    def found(self) -> Tensor | None:
+        """The recorded output, ``None`` if there is none."""
+        if "" in self._outputs and self._name is None:
+            return self._outputs[""]
+        return next(reversed(self._outputs.values()), None)
+
+    @property
+    def output(self) -> Tensor:
+        """The recorded output.
+
+        Raises:
+            ValueError: If the step called nothing that returned a tensor of at least two dimensions.
+        """
+        if self.found is None:
+            raise ValueError(
+                f"No class scores were seen in a step of {type(self._pl_module).__name__}. Name the submodule that returns"
+                " them, such as `logits='model.head'`."
+            )
+        return self.found
+
+
+def run_step(pl_module: LightningModule, batch: Any, adapter: BatchAdapter) -> None:
+    """Run the module once on ``batch`` so that captures see it: its training step, or ``forward`` if it steps itself."""
+    if pl_module.automatic_optimization:
+        forward_loss(pl_module, batch)
+        return
+    inputs = adapter.inputs(batch)
+    if isinstance(inputs, Mapping):
+        pl_module(**inputs)
+    else:
+        pl_module(inputs)
+
+
+def _scores(output: Any) -> Tensor | None:
+    value = output
+    if not isinstance(output, Tensor):
+        value = getattr(output, "logits", None)
+        if value is None and isinstance(output, Mapping):
+            value = output.get("logits")
+    return value if isinstance(value, Tensor) and value.ndim >= 2 and value.is_floating_point() else None
+
+
+def _copy(value: Any) -> Any:
+    return [item.clone() for item in value] if isinstance(value, list) else value.clone()
+
+
+def _silence(*args: Any, **kwargs: Any) -> None:
+    """Take the place of ``self.log`` and ``self.log_dict``."""

@@ -1,0 +1,68 @@
+"""Checks at the start of a fit: what cannot be served is refused with the way out."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from torch.nn import Parameter
+
+__all__ = ["check_automatic_optimization", "check_launcher", "check_positive", "select_parameters"]
+
+
+def check_launcher(trainer: Trainer) -> None:
+    """Refuse launchers that run the fit in child processes and lose what callbacks learned there."""
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        raise ValueError(
+            "`strategy='ddp_spawn'` and `'ddp_fork'` lose the state of callbacks between fits: task 2 would train"
+            " unprotected. Use `strategy='ddp'` in a script, or launch with torchrun."
+        )
+
+
+def check_automatic_optimization(pl_module: LightningModule, user: object, setting: str, way_out: str) -> None:
+    """Refuse a ``setting`` that adds to the loss in a module that steps its optimizers itself."""
+    if not pl_module.automatic_optimization:
+        raise ValueError(
+            f"`{type(user).__name__}({setting})` needs automatic optimization, but"
+            f" `{type(pl_module).__name__}.automatic_optimization` is False. {way_out}"
+        )
+
+
+def check_positive(name: str, value: Any, *, zero_allowed: bool = False) -> None:
+    """Raise ``ValueError`` unless ``value`` is a number above 0 (or at least 0)."""
+    if not (value > 0 or (zero_allowed and value == 0)):
+        raise ValueError(f"`{name}` must be {'at least' if zero_allowed else 'above'} 0, got {value!r}.")
+
+
+def select_parameters(
+    pl_module: LightningModule, include: list[str] | None, exclude: list[str] | None
+) -> dict[str, Parameter]:
+    """Return the trainable parameters whose names match ``include`` (all if ``None``) and none of ``exclude``.
+
+    Patterns are those of :mod:`fnmatch`: ``"encoder.*"``, ``"*.bias"``.
+
+    Raises:
+        ValueError: If a pattern matches no parameter, or nothing trainable is left.
+    """
+    names = [name for name, _ in pl_module.named_parameters()]
+    for setting, patterns in (("include", include), ("exclude", exclude)):
+        for pattern in patterns or ():
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ValueError(
+                    f"`{setting}` pattern {pattern!r} matches no parameter of {type(pl_module).__name__}. Its names look"
+                    f" like {names[:3]}."
+                )
+    selected = {
+        name: parameter
+        for name, parameter in pl_module.named_parameters()
+        if parameter.requires_grad
+        and (include is None or any(fnmatchcase(name, pattern) for pattern in include))
+        and not any(fnmatchcase(name, pattern) for pattern in exclude or ())
+    }
+    if not selected:
+        raise ValueError(
+            f"No trainable parameter of {type(pl_module).__name__} is left by `include={include}`, `exclude={exclude}`."
+        )
+    return selected

@@ -1,0 +1,311 @@
+"""Task events on top of Lightning's hooks.
+
+:class:`ContinualCallback` is a Lightning callback with four more hooks. :class:`TaskEvents` is the one hidden callback
+that calls them: it is put behind the user's callbacks (and before the checkpoints) by the first one that needs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_cl.core.checks import check_launcher
+from lightning_cl.core.distributed import gather_on_rank_zero, rank
+from lightning_cl.core.evaluation import accept_dataloader_idx, restore_steps
+from lightning_cl.core.rng import derived_seed, isolated_rng, rng_state, set_rng_state
+from lightning_cl.core.step import StepPipeline
+from lightning_cl.core.task import Task
+
+__all__ = ["ContinualCallback", "TaskEvents", "TaskStream"]
+
+_CHECKPOINT_KEY = "lightning_cl"
+
+
+@runtime_checkable
+class TaskStream(Protocol):
+    """What a datamodule offers to run a whole stream of tasks in one ``fit``."""
+
+    hides_boundaries: bool
+    reveals_task: bool
+
+    def task_of_epoch(self, epoch: int) -> Task:
+        """Return the task that the Trainer's ``epoch`` belongs to."""
+
+    def ends_task(self, epoch: int) -> bool:
+        """Return whether ``epoch`` is the last of its task."""
+
+    def evaluated_tasks(self) -> Sequence[Task]:
+        """Return the tasks of the current evaluation loaders, in their order; their indices are matrix columns."""
+
+    def trained_by(self, task: Task) -> list[int]:
+        """Return the matrix columns that ``task`` trains."""
+
+    def request_evaluation(self, task: Task | None) -> None:
+        """Give evaluation loaders as at the end of ``task``, whatever the epoch; ``None`` ends the request."""
+
+
+class ContinualCallback(Callback):
+    """A Lightning callback that also hears of tasks and may act inside a training step.
+
+    Four hooks come on top of Lightning's own. Penalties on gradients need none of them: they belong in Lightning's
+    ``on_before_optimizer_step``, after unscaling and before clipping, once per optimizer step.
+
+    Two ways to run, one behaviour: over a task stream in one ``fit``, or over any other data with one ``fit`` per
+    task. In the second, what the callback learned lives on in the object, or in the checkpoint given as ``ckpt_path``.
+
+    Attributes:
+        boundaries: What the callback knows of task boundaries: ``"required"`` (refused on a stream that hides them),
+            ``"unused"``, or ``"evaluation"`` (told even on such a stream, because it only measures).
+        needs_state: Whether a checkpoint without this callback's state is an error on resume.
+        completed_tasks: Tasks that ended so far, over all fits.
+    """
+
+    boundaries: ClassVar[Literal["required", "unused", "evaluation"]] = "required"
+    needs_state: ClassVar[bool] = True
+    completed_tasks: int = 0
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        TaskEvents.attach(trainer)
+
+    def on_task_start(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
+        """Called before the first batch of a task; not called again when a run resumes inside it."""
+
+    def on_task_end(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
+        """Called after the last optimizer step of a task and before the validation that follows it."""
+
+    def transform_batch(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> Any:
+        """Return the batch that the module's ``training_step`` gets; it is on the device already."""
+        return batch
+
+    def loss_term(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, outputs: Any
+    ) -> Tensor | None:
+        """Return a scalar to add to the loss that ``training_step`` returned, or ``None``. Automatic optimization only."""
+        return None
+
+
+class TaskEvents(Callback):
+    """Derives task events from Lightning's hooks and keeps what a resume needs: the open task and every rank's RNG."""
+
+    def __init__(self) -> None:
+        self.task: Task | None = None
+        self.running = False
+        self.completed_tasks = 0
+        self._rng: dict[str, Any] | None = None
+        self._restored = False
+        self._trained = False
+        self._stream: TaskStream | None = None
+
+    @staticmethod
+    def attach(trainer: Trainer) -> TaskEvents:
+        """Return the Trainer's events, adding them behind its callbacks on the first call."""
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        for callback in callbacks:
+            if isinstance(callback, TaskEvents):
+                return callback
+        events = TaskEvents()
+        last = next((i for i, callback in enumerate(callbacks) if isinstance(callback, Checkpoint)), len(callbacks))
+        callbacks.insert(last, events)
+        return events
+
+    # ------------------------------------------------------------------ set-up
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        check_launcher(trainer)
+        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        self._stream = datamodule if isinstance(datamodule, TaskStream) else None
+        self._restored = self._trained = False
+        if self._stream is not None:
+            accept_dataloader_idx(pl_module)
+        if stage != "fit":
+            return
+        if self._stream is not None and self._stream.hides_boundaries:
+            for callback in _continual(trainer):
+                if callback.boundaries == "required":
+                    raise ValueError(
+                        f"`{type(callback).__name__}` needs to know where a task ends, but the stream's scenario hides"
+                        " task boundaries. Use a method that needs none (such as `ExperienceReplay` with"
+                        " `policy='reservoir'`), or a scenario that shows them."
+                    )
+        StepPipeline.attach(trainer, pl_module, _continual(trainer))
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        StepPipeline.detach(pl_module)
+        restore_steps(pl_module)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._trained = True
+        if trainer.ckpt_path and not self._restored:
+            self._refuse_checkpoint(trainer, [c for c in _continual(trainer) if c.needs_state])
+        for callback in _continual(trainer):
+            self.completed_tasks = max(self.completed_tasks, callback.completed_tasks)
+        if self._rng is not None:
+            set_rng_state(self._rng)
+            if self._stream is None:
+                # a plain loader drew its seed before the generators were restored: let it draw again
+                iter(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
+            self._rng = None
+        if self.running and self._stream is not None:
+            # resumed inside a task: only its index was in the checkpoint
+            self._open_task(trainer, pl_module)
+
+    # ------------------------------------------------------------------ events
+
+    @override
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._stream is not None:
+            # the loaders of the check must not serve as those of the first epoch
+            trainer.fit_loop.epoch_loop.val_loop._last_val_dl_reload_epoch = float("-inf")
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._open_task(trainer, pl_module)
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        # Lightning leaves `on_train_epoch_start` out when it resumes inside an epoch or at its last batch
+        if not self.running or batch_idx == 0:
+            self._open_task(trainer, pl_module)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not trainer.is_last_batch:
+            if self._stream is None and trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:
+                self._close_task(trainer, pl_module)
+            return
+        if self._stream is not None:
+            ended = self._stream.ends_task(trainer.current_epoch)
+        else:
+            ended = trainer.current_epoch + 1 == trainer.max_epochs or (
+                trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
+            )
+        if ended:
+            self._close_task(trainer, pl_module)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # early stopping: without a stream, the end of the fit is the end of its task
+        if self._stream is None and self.running:
+            self._close_task(trainer, pl_module)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._trained and (self._stream is None or not trainer.ckpt_path):
+            rank_zero_warn(
+                f"`Trainer.fit` trained nothing: `max_epochs={trainer.max_epochs}` was reached before. To learn another"
+                " task, fit with a fresh Trainer, or with a higher `max_epochs` when a checkpoint is given."
+            )
+
+    def _open_task(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._stream is None:
+            task = self.task if self.running and self.task is not None else self._plain_task()
+        else:
+            task = self._stream.task_of_epoch(trainer.current_epoch)
+        resumed = self.running and self.task is not None and self.task.index == task.index
+        self.task, self.running = task, True
+        pl_module.current_task = task  # type: ignore[assignment]
+        if not resumed:
+            self._tell("on_task_start", trainer, pl_module, task)
+
+    def _close_task(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self.task is not None
+        self._tell("on_task_end", trainer, pl_module, self.task)
+        self.running = False
+        self.completed_tasks += 1
+        for callback in _continual(trainer):
+            callback.completed_tasks = self.completed_tasks
+
+    def _plain_task(self) -> Task:
+        index = self.completed_tasks
+        return Task(index=index, name=f"fit {index + 1}")
+
+    def _tell(self, hook: str, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
+        hidden = self._stream is not None and self._stream.hides_boundaries
+        for callback in _continual(trainer):
+            if not hidden or callback.boundaries == "evaluation":
+                getattr(callback, hook)(trainer, pl_module, task)
+        if not hidden:
+            for owner in (pl_module, trainer.datamodule):  # type: ignore[attr-defined]
+                if callable(method := getattr(owner, hook, None)):
+                    method(task)
+
+    # ------------------------------------------------------------------ the task of an evaluation batch
+
+    def _reveal(self, pl_module: LightningModule, dataloader_idx: int) -> None:
+        if self._stream is not None and self._stream.reveals_task:
+            pl_module.current_task = self._stream.evaluated_tasks()[dataloader_idx]  # type: ignore[assignment]
+
+    @override
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._reveal(pl_module, dataloader_idx)
+
+    @override
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._reveal(pl_module, dataloader_idx)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pl_module.current_task = self.task  # type: ignore[assignment]
+
+    # ------------------------------------------------------------------ checkpoints
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        states = gather_on_rank_zero(rng_state())
+        checkpoint[_CHECKPOINT_KEY] = {
+            "version": 1,
+            "task": None if self.task is None else self.task.index,
+            "running": self.running,
+            "completed_tasks": self.completed_tasks,
+            "rng": states,
+        }
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint.get("callbacks", {})
+        missing = [c for c in _continual(trainer) if c.needs_state and c.state_key not in saved]
+        if missing or (_CHECKPOINT_KEY not in checkpoint and trainer.state.fn == "fit"):
+            self._refuse_checkpoint(trainer, missing)
+        self._restored = True
+        if trainer.state.fn != "fit":
+            return
+        state = checkpoint[_CHECKPOINT_KEY]
+        self.running, self.completed_tasks = state["running"], state["completed_tasks"]
+        if state["task"] is not None:
+            self.task = Task(index=state["task"], name=f"fit {state['task'] + 1}")
+        ranks = state["rng"]
+        self._rng = ranks[rank() % len(ranks)]
+        if rank() >= len(ranks):
+            # a rank that the saved run did not have gets generators of its own, the same ones at every resume
+            with isolated_rng(derived_seed("rank", rank(), int(ranks[0]["torch"].sum()))):
+                self._rng = rng_state()
+
+    @staticmethod
+    def _refuse_checkpoint(trainer: Trainer, callbacks: Sequence[ContinualCallback]) -> None:
+        names = ", ".join(type(c).__name__ for c in callbacks) or "the task events"
+        raise ValueError(
+            f"`ckpt_path={str(trainer.ckpt_path)!r}` holds no state for {names}: the run would go on unprotected. Resume"
+            " from a full checkpoint (not `save_weights_only`) of a run with the same callbacks; to start continual"
+            " learning from these weights, load them with `load_from_checkpoint` and fit without `ckpt_path`."
+        )
+
+
+def _continual(trainer: Trainer) -> list[ContinualCallback]:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, ContinualCallback)]

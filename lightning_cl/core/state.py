@@ -1,0 +1,105 @@
+"""Tensors that a method keeps beside the parameters: anchors, importances, trajectories.
+
+Each is kept in the placement of its parameter: the local shard of a :class:`~torch.distributed.tensor.DTensor`, the
+whole tensor otherwise. Elementwise mathematics therefore runs on local shards, without communication.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+__all__ = ["ParameterState", "local", "shard"]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return the shard of ``tensor`` that this rank holds; a plain tensor is its own shard."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class ParameterState(Mapping[str, Tensor]):
+    """Local float32 tensors keyed by fully qualified parameter names.
+
+    Restored values wait in full until :meth:`place` knows devices and shards; a missing or mis-shaped entry raises
+    there, because silence would mean an unprotected model.
+    """
+
+    def __init__(self) -> None:
+        self._local: dict[str, Tensor] = {}
+        self._restored: dict[str, Tensor] | None = None
+        self._like: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._local[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._local)
+
+    def __len__(self) -> int:
+        return len(self._local)
+
+    def set(self, values: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+        """Keep ``values`` (local shards) for ``parameters``."""
+        self._local = dict(values)
+        self._like = {name: parameters[name] for name in values}
+
+    def place(self, parameters: Mapping[str, Tensor], owner: str) -> None:
+        """Bring restored values to the devices and shards of ``parameters``.
+
+        Args:
+            parameters: The module's parameters by name.
+            owner: The callback and the quantity, for errors.
+
+        Raises:
+            ValueError: If the state holds a parameter that the module lacks, or one of another shape, or lacks one.
+        """
+        if self._restored is not None:
+            if missing := parameters.keys() - self._restored.keys():
+                raise ValueError(
+                    f"{owner} in the checkpoint has no entry for {sorted(missing)[:3]}: these parameters would train"
+                    " unprotected. Resume with the model and the `include`/`exclude` settings of the saved run."
+                )
+            for name, value in self._restored.items():
+                if name not in parameters or parameters[name].shape != value.shape:
+                    found = tuple(parameters[name].shape) if name in parameters else "no such parameter"
+                    raise ValueError(
+                        f"{owner} in the checkpoint has {name!r} of shape {tuple(value.shape)}, the module has {found}."
+                        " Resume with the model of the saved run."
+                    )
+            self.set({name: shard(self._restored[name], p) for name, p in parameters.items()}, parameters)
+            self._restored = None
+        elif self._local:
+            # a later fit may have moved the module to another device
+            self.set({name: value.to(parameters[name].device) for name, value in self._local.items()}, parameters)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return full tensors on the CPU, independent of the number of ranks; all ranks must call it."""
+        if self._restored is not None:
+            return dict(self._restored)
+        return {name: _full(value, self._like[name]) for name, value in self._local.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take what :meth:`state_dict` returned; it is placed by :meth:`place`."""
+        self._restored = {name: torch.as_tensor(value) for name, value in state.items()} or None
+        self._local = {}
+
+
+def shard(value: Tensor, parameter: Tensor) -> Tensor:
+    """Return the part of the full ``value`` that belongs to this rank's shard of ``parameter``, on its device."""
+    value = value.to(parameter.device)
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
+    return value
+
+
+def _full(value: Tensor, parameter: Tensor) -> Tensor:
+    if isinstance(parameter, DTensor):
+        sharded = DTensor.from_local(
+            value, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
+        )
+        return sharded.full_tensor().cpu()
+    return value.detach().cpu().clone()

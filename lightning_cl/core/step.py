@@ -1,0 +1,98 @@
+"""The step pipeline: how callbacks act inside a ``training_step`` that they do not know.
+
+One small object per module replaces ``training_step`` by a function that runs, in the order of ``trainer.callbacks``,
+the batch transforms, then the user's own ``training_step``, unchanged, then the loss terms. It runs inside the
+strategy's forward, so DDP and FSDP synchronise as usual. It is attached only when a callback needs it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from lightning_cl.core.events import ContinualCallback
+
+__all__ = ["StepPipeline", "user_training_step"]
+
+_MARK = "_lightning_cl_original"
+
+
+class StepPipeline:
+    """Attaches callbacks to the training step of a module, and detaches them again."""
+
+    @staticmethod
+    def attach(trainer: Trainer, pl_module: LightningModule, callbacks: Sequence[ContinualCallback]) -> None:
+        """Wrap ``pl_module.training_step`` if one of ``callbacks`` changes batches or adds to the loss."""
+        transforms = [c.transform_batch for c in callbacks if _overrides(c, "transform_batch")]
+        terms = [c.loss_term for c in callbacks if _overrides(c, "loss_term")]
+        StepPipeline.detach(pl_module)
+        if not transforms and not terms:
+            return
+        original: Callable[..., Any] = pl_module.training_step
+
+        def training_step(batch: Any, *rest: Any) -> Any:
+            batch_idx = trainer.fit_loop.batch_idx
+            for transform in transforms:
+                batch = transform(trainer, pl_module, batch, batch_idx)
+            outputs = original(batch, *rest)
+            for term in terms:
+                extra = term(trainer, pl_module, batch, batch_idx, outputs)
+                if extra is not None:
+                    outputs = _add_to_loss(outputs, extra, pl_module)
+            return outputs
+
+        functools.update_wrapper(training_step, original)
+        # Lightning reads the parameter names of the innermost function
+        training_step.__wrapped__ = getattr(original, "__wrapped__", original)  # type: ignore[attr-defined]
+        setattr(training_step, _MARK, original)
+        pl_module.training_step = training_step  # type: ignore[method-assign]
+
+    @staticmethod
+    def detach(pl_module: LightningModule) -> None:
+        """Give the module its own ``training_step`` back."""
+        step = pl_module.__dict__.get("training_step")
+        original = getattr(step, _MARK, None)
+        if original is None:
+            return
+        del pl_module.__dict__["training_step"]
+        if pl_module.training_step != original:
+            # the module carried an instance attribute of its own, as a compiled module does
+            pl_module.training_step = original  # type: ignore[method-assign]
+
+
+def user_training_step(pl_module: LightningModule) -> Callable[..., Any]:
+    """Return the module's own ``training_step``, without what callbacks put around it."""
+    step: Callable[..., Any] = pl_module.training_step
+    return getattr(step, _MARK, step)
+
+
+def _overrides(callback: ContinualCallback, hook: str) -> bool:
+    from lightning_cl.core.events import ContinualCallback
+
+    return getattr(type(callback), hook) is not getattr(ContinualCallback, hook)
+
+
+def _add_to_loss(outputs: Any, extra: Tensor, pl_module: LightningModule) -> Any:
+    """Return ``outputs`` of a training step with ``extra`` added to its loss."""
+    if isinstance(outputs, Tensor):
+        return outputs + extra
+    if isinstance(outputs, Mapping) and isinstance(outputs.get("loss"), Tensor):
+        return {**outputs, "loss": outputs["loss"] + extra}
+    if outputs is None:
+        return None  # Lightning skips such a step
+    raise ValueError(
+        f"`{type(pl_module).__name__}.training_step` returned {type(outputs).__name__}; a loss term can be added only to"
+        " a tensor or to a dict with the key 'loss'."
+    )
+
+
+def loss_of(outputs: Any) -> Tensor | None:
+    """Return the loss tensor in what a ``training_step`` returned, ``None`` if there is none."""
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+    return loss if isinstance(loss, torch.Tensor) else None

@@ -1,0 +1,38 @@
+"""Task streams: sources of data, scenarios that make tasks of them, and the datamodule that runs them in one fit."""
+
+from lightning_cl.datamodules.scenarios import (
+    Blurry,
+    ClassIncremental,
+    DataIncremental,
+    DomainIncremental,
+    Joint,
+    Online,
+    Permuted,
+    Predefined,
+    Recurring,
+    Rotated,
+    Scenario,
+    TaskIncremental,
+)
+from lightning_cl.datamodules.sources import ArraySource, DigitsSource, HFSource, TextFileSource
+from lightning_cl.datamodules.stream import TaskStreamDataModule
+
+__all__ = [
+    "ArraySource",
+    "Blurry",
+    "ClassIncremental",
+    "DataIncremental",
+    "DigitsSource",
+    "DomainIncremental",
+    "HFSource",
+    "Joint",
+    "Online",
+    "Permuted",
+    "Predefined",
+    "Recurring",
+    "Rotated",
+    "Scenario",
+    "TaskIncremental",
+    "TaskStreamDataModule",
+    "TextFileSource",
+]

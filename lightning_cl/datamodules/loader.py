@@ -1,0 +1,95 @@
+"""The DataLoader of one task: reads whole batches, knows its position, keeps randomness apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_cl.core.rng import isolated_rng
+from lightning_cl.datamodules.batches import BatchReader
+from lightning_cl.datamodules.samplers import BatchIndex, EvaluationSampler, TaskSampler
+
+__all__ = ["BatchDataset", "TaskLoader"]
+
+
+class BatchDataset(Dataset[Any]):
+    """A dataset of whole batches.
+
+    Reading with random augmentation is seeded for each batch, so that what a sample looks like is a pure function of
+    (seed, task, epoch, step): the same in the main process and in workers, in a straight and in a resumed run.
+
+    Args:
+        reader: Reads the batch of given rows.
+        transform: Applied to the inputs of the batch (the first element, or every floating-point leaf of a mapping).
+    """
+
+    def __init__(self, reader: BatchReader, transform: Callable[[Tensor], Tensor] | None = None) -> None:
+        self.reader = reader
+        self.transform = transform
+
+    def __getitem__(self, index: BatchIndex) -> Any:
+        if self.reader.deterministic:
+            batch = self.reader(index.rows)
+        else:
+            with isolated_rng(index.seed):
+                batch = self.reader(index.rows)
+        return batch if self.transform is None else _transform_inputs(batch, self.transform)
+
+
+class TaskLoader(DataLoader[Any]):
+    """A DataLoader over :class:`BatchDataset` that is resumable at any step.
+
+    Its iterator is lazy: Lightning asks for one before it restores the position, and twice an epoch; nothing is read
+    before the first batch is wanted. Its position is part of the datamodule's state.
+    """
+
+    def __init__(
+        self, dataset: BatchDataset, sampler: TaskSampler | EvaluationSampler, *, num_workers: int = 0, **options: Any
+    ) -> None:
+        super().__init__(
+            dataset,
+            sampler=sampler,  # type: ignore[arg-type]
+            batch_size=None,
+            num_workers=num_workers,
+            collate_fn=_as_read,
+            persistent_workers=num_workers > 0,
+            # a generator of its own: starting workers must not move the global one
+            generator=torch.Generator(),
+            **options,
+        )
+        self.batches_read = 0
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        sampler = self.sampler
+        self.batches_read = sampler.start_batches if isinstance(sampler, TaskSampler) else 0
+        for batch in super().__iter__():
+            self.batches_read += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tell Lightning that the loader is resumable."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Do nothing: the datamodule restores the position."""
+
+
+def _as_read(batch: Any) -> Any:
+    return batch
+
+
+def _transform_inputs(batch: Any, transform: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(batch, Tensor):
+        return transform(batch)
+    if isinstance(batch, (tuple, list)):
+        rest = list(batch)
+        rest[0] = transform(rest[0])
+        return type(batch)(rest)
+    return {
+        key: transform(value) if isinstance(value, Tensor) and value.is_floating_point() else value
+        for key, value in batch.items()
+    }

@@ -1,0 +1,419 @@
+"""The datamodule that runs a whole stream of tasks in one ``fit``."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from lightning_cl.core.checks import check_positive
+from lightning_cl.core.events import TaskEvents
+from lightning_cl.core.rng import derived_seed
+from lightning_cl.core.task import Task
+from lightning_cl.datamodules.batches import batch_reader
+from lightning_cl.datamodules.loader import BatchDataset, TaskLoader
+from lightning_cl.datamodules.samplers import BatchIndex, EvaluationSampler, TaskSampler
+from lightning_cl.datamodules.scenarios import Scenario, TaskPlan
+from lightning_cl.datamodules.splits import Split, read_split
+
+__all__ = ["TaskStreamDataModule"]
+
+
+class TaskStreamDataModule(LightningDataModule):
+    """Turn datasets into a stream of tasks that one ``Trainer.fit`` runs from its first task to its last.
+
+    The datamodule sets the Trainer's epoch limit to the length of the stream. The order of samples is a pure function
+    of ``(seed, task, epoch)`` and the position in it is part of a checkpoint, so a run resumes at any step, on any
+    number of ranks.
+
+    Args:
+        train: Training data: a map-style dataset, a Hugging Face dataset or ``DatasetDict`` (its ``"train"`` split), a
+            tuple of arrays ``(inputs, labels)``, or a list of these, one per task, for ``Predefined``.
+        val: Validation data of the same kind; one loader per task is made of it.
+        test: Test data of the same kind.
+        scenario: How the data becomes tasks, such as ``ClassIncremental(n_tasks=5)``.
+        batch_size: Samples for each rank and step; at least 1.
+        epochs_per_task: Passes over each task, or a list with one number per task.
+        steps_per_task: Steps in each task, in place of ``epochs_per_task``: for tasks too long to pass over whole, or
+            of very different lengths. A task shorter than that starts over with a new order.
+        num_workers: Worker processes of each loader.
+        collate_fn: Joins a list of samples to a batch; torch's default if ``None``.
+        seed: Seed of the split, the order and the randomness of reading.
+        evaluate: Which tasks' loaders are evaluated during the fit: those ``"seen"`` so far, ``"all"``, or only the
+            ``"current"`` one.
+        evaluate_every_n_epochs: Evaluate within a task too, after every so many epochs of it; at its end only if
+            ``None``.
+        optimizer_policy: What happens to the optimizers at the start of every task but the first: ``"keep"``,
+            ``"reset_state"`` (momenta forgotten) or ``"rebuild"`` (``configure_optimizers`` is called again, which also
+            restarts the learning-rate schedules).
+        label: Key or position of the label in a sample, where it is not ``"label"``, ``"labels"`` or the last element.
+
+    Raises:
+        ValueError: Before training, for a setting out of range, an empty task, labels that cannot be read, or fewer
+            classes than tasks.
+
+    Example:
+        >>> from lightning_cl.datamodules import ClassIncremental
+        >>> inputs, labels = torch.randn(8, 2), torch.tensor([0, 1, 2, 3] * 2)
+        >>> stream = TaskStreamDataModule((inputs, labels), scenario=ClassIncremental(n_tasks=2), epochs_per_task=3)
+        >>> stream.setup("fit")
+        >>> [task.classes for task in stream.tasks], stream.num_epochs
+        ([(0, 1), (2, 3)], 6)
+    """
+
+    def __init__(
+        self,
+        train: Any,
+        val: Any = None,
+        test: Any = None,
+        *,
+        scenario: Scenario,
+        batch_size: int = 64,
+        epochs_per_task: int | list[int] = 1,
+        steps_per_task: int | None = None,
+        num_workers: int = 0,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        seed: int = 0,
+        evaluate: Literal["seen", "all", "current"] = "seen",
+        evaluate_every_n_epochs: int | None = None,
+        optimizer_policy: Literal["keep", "reset_state", "rebuild"] = "keep",
+        label: str | int | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive("batch_size", batch_size)
+        for epochs in epochs_per_task if isinstance(epochs_per_task, list) else [epochs_per_task]:
+            check_positive("epochs_per_task", epochs)
+        if steps_per_task is not None:
+            check_positive("steps_per_task", steps_per_task)
+            if epochs_per_task != 1:
+                raise ValueError(
+                    f"`steps_per_task={steps_per_task}` takes the place of `epochs_per_task={epochs_per_task}`: give"
+                    " only one of them."
+                )
+        if evaluate_every_n_epochs is not None:
+            check_positive("evaluate_every_n_epochs", evaluate_every_n_epochs)
+        for setting, value, known in (
+            ("evaluate", evaluate, ("seen", "all", "current")),
+            ("optimizer_policy", optimizer_policy, ("keep", "reset_state", "rebuild")),
+        ):
+            if value not in known:
+                raise ValueError(f"`{setting}` must be one of {known}, got {value!r}.")
+        if not isinstance(scenario, Scenario):
+            raise ValueError(f"`scenario` must be a scenario such as `ClassIncremental(n_tasks=5)`, got {scenario!r}.")
+        self.sources = {"train": train, "val": val, "test": test}
+        self.scenario = scenario
+        self.batch_size = batch_size
+        self.epochs_per_task = epochs_per_task
+        self.steps_per_task = steps_per_task
+        self.num_workers = num_workers
+        self.collate_fn = collate_fn
+        self.seed = seed
+        self.evaluate = evaluate
+        self.evaluate_every_n_epochs = evaluate_every_n_epochs
+        self.optimizer_policy = optimizer_policy
+        self.label = label
+        self.tasks: list[Task] = []
+        self.parts: list[Task] = []
+        self._plans: list[TaskPlan] = []
+        self._part_plans: list[TaskPlan] = []
+        self._trained: list[list[int]] = []
+        self._splits: dict[str, Split] = {}
+        self._starts: list[int] = []
+        self._loader: TaskLoader | None = None
+        self._evaluated: list[Task] = []
+        self._evaluation_at: Task | None = None
+        self._position: dict[str, int] | None = None
+
+    # ------------------------------------------------------------------ what callbacks and events read
+
+    @property
+    def hides_boundaries(self) -> bool:
+        """Whether task boundaries are kept from modules and from callbacks that do not evaluate."""
+        return self.scenario.hides_boundaries
+
+    @property
+    def reveals_task(self) -> bool:
+        """Whether the module may know which task an evaluation batch belongs to."""
+        return self.scenario.reveals_task
+
+    @property
+    def num_epochs(self) -> int:
+        """Trainer epochs in the whole stream."""
+        return self._starts[-1]
+
+    def task_of_epoch(self, epoch: int) -> Task:
+        """Return the task that the Trainer's ``epoch`` belongs to."""
+        position = int(np.searchsorted(self._starts, epoch, side="right")) - 1
+        return self.tasks[min(position, len(self.tasks) - 1)]
+
+    def ends_task(self, epoch: int) -> bool:
+        """Return whether ``epoch`` is the last of its task."""
+        return epoch + 1 in self._starts
+
+    def evaluated_tasks(self) -> Sequence[Task]:
+        """Return the tasks of the current evaluation loaders, in their order; their indices are matrix columns."""
+        return self._evaluated
+
+    def trained_by(self, task: Task) -> list[int]:
+        """Return the matrix columns that ``task`` trains: a visit trains a task again, a joint run trains all."""
+        return self._trained[task.index]
+
+    def request_evaluation(self, task: Task | None) -> None:
+        """Give evaluation loaders as at the end of ``task``, whatever the epoch; ``None`` ends the request."""
+        self._evaluation_at = task
+
+    def batch_sample_ids(self, batch_idx: int) -> tuple[Tensor, Tensor]:
+        """Return the identities of the samples of all ranks in the step ``batch_idx`` of the current epoch.
+
+        An identity is stable for the run: the row of the training dataset, plus ``task * rows`` where the task shows
+        the row in its own way (permuted or rotated inputs).
+
+        Returns:
+            Identities and the ranks that read them, both int64 [samples of all ranks].
+        """
+        assert self._loader is not None and isinstance(self._loader.sampler, TaskSampler)
+        sampler = self._loader.sampler
+        rows = sampler.global_rows(batch_idx)
+        rows = rows + self._first_id(sampler.task)
+        owners = torch.arange(rows.shape[0]).repeat_interleave(rows.shape[1])
+        return torch.from_numpy(np.ascontiguousarray(rows)).reshape(-1), owners
+
+    def labels_of(self, sample_ids: Tensor) -> Tensor | None:
+        """Return the labels of identities, int64, without reading samples; ``None`` if the data has no labels."""
+        labels = self._splits["train"].labels
+        return None if labels is None else torch.from_numpy(labels[sample_ids.numpy() % len(labels)])
+
+    def fetch(self, sample_ids: Tensor) -> Any:
+        """Read the samples of identities anew, as one batch."""
+        ids = sample_ids.numpy()
+        rows, views = ids % len(self._splits["train"]), ids // len(self._splits["train"])
+        if len(set(views.tolist())) > 1:
+            raise ValueError(
+                "Samples of tasks with different input transforms cannot be read as one batch: use"
+                " `storage='memory'` with this scenario."
+            )
+        dataset = self._dataset("train", self._plans[int(views[0]) if len(views) else 0])
+        return dataset[BatchIndex(rows, derived_seed(self.seed, "fetch", zlib.crc32(rows.tobytes())))]
+
+    def task_loader(self, n_samples: int | None, limit_batches: float) -> Iterator[tuple[Any, Tensor]]:
+        """Read the current task's training data, each sample once over all ranks, with identities.
+
+        Args:
+            n_samples: Samples over all ranks, drawn at random by the stream's seed; all if ``None``.
+            limit_batches: At most as many samples as this many training steps read (``Trainer(limit_train_batches)``).
+        """
+        assert self._loader is not None and isinstance(self._loader.sampler, TaskSampler)
+        sampler = self._loader.sampler
+        wanted = len(sampler.rows) if n_samples is None else n_samples
+        if self.steps_per_task is not None:
+            limit_batches = min(limit_batches, self.steps_per_task)
+        wanted = int(min(wanted, limit_batches * sampler.global_batch_size))
+        rows = sampler.rows
+        if wanted < len(rows):
+            seed = derived_seed(self.seed, "subset", sampler.task)
+            rows = np.sort(np.random.default_rng(seed).choice(rows, wanted, replace=False))
+        ordered = EvaluationSampler(rows, batch_size=self.batch_size, **self._ranks())
+        first_id = self._first_id(sampler.task)
+        for index, batch in zip(ordered, TaskLoader(self._dataset("train", self._plans[sampler.task]), ordered), strict=True):
+            yield batch, torch.from_numpy(np.ascontiguousarray(index.rows)) + first_id
+
+    def _first_id(self, task: int) -> int:
+        # a task that shows the rows in its own way makes other samples of them
+        return task * len(self._splits["train"]) if self._plans[task].transform is not None else 0
+
+    # ------------------------------------------------------------------ set-up
+
+    @override
+    def setup(self, stage: str) -> None:
+        if not self.tasks:
+            self._make_tasks()
+        trainer = self.trainer
+        if trainer is None:
+            return
+        TaskEvents.attach(trainer)
+        if stage == "fit":
+            # a loader per epoch, and as many epochs as the stream has
+            trainer.reload_dataloaders_every_n_epochs = 1
+            trainer.check_val_every_n_epoch = 1
+            limit = trainer.fit_loop.max_epochs
+            if limit not in (None, -1, 1000, self.num_epochs):
+                rank_zero_info(f"`max_epochs={limit}` gives way to the {self.num_epochs} epochs of the task stream.")
+            trainer.fit_loop.max_epochs = self.num_epochs
+
+    def _make_tasks(self) -> None:
+        for name, source in self.sources.items():
+            if source is not None:
+                self._splits[name] = read_split(
+                    source, name, self.scenario, self.label, tensors=self.collate_fn is None
+                )
+        train = self._splits["train"]
+        self._plans = self.scenario.plan(train.info, self.seed)
+        epochs = self.epochs_per_task if isinstance(self.epochs_per_task, list) else [self.epochs_per_task]
+        if len(epochs) == 1:
+            epochs = epochs * len(self._plans)
+        if len(epochs) != len(self._plans):
+            raise ValueError(
+                f"`epochs_per_task` lists {len(epochs)} numbers, but {self.scenario!r} makes {len(self._plans)} tasks."
+            )
+        if self.scenario.single_pass and any(number > 1 for number in epochs):
+            raise ValueError(f"{self.scenario!r} is a single pass: `epochs_per_task` must be 1, got {epochs}.")
+        self._starts = [0, *np.cumsum(epochs).tolist()]
+        self._part_plans = self.scenario.parts(self._plans)
+        self._trained = self.scenario.trained(self._plans)
+        self.tasks = _tasks_of(self._plans)
+        self.parts = _tasks_of(self._part_plans)
+
+    def on_task_start(self, task: Task) -> None:
+        """Apply the optimizer policy at a boundary; called by the task events."""
+        trainer = self._attached()
+        if task.index == 0 or self.optimizer_policy == "keep":
+            return
+        if self.optimizer_policy == "rebuild":
+            trainer.strategy.setup_optimizers(trainer)
+        else:
+            for optimizer in trainer.optimizers:
+                optimizer.state.clear()
+
+    # ------------------------------------------------------------------ loaders
+
+    @override
+    def train_dataloader(self) -> TaskLoader:
+        trainer = self._attached()
+        epoch = trainer.current_epoch
+        task = self.task_of_epoch(epoch)
+        sampler = self._loader.sampler if self._loader is not None else None
+        if not isinstance(sampler, TaskSampler) or sampler.task != task.index:
+            sampler = TaskSampler(
+                self._plans[task.index].indices,
+                task=task.index,
+                batch_size=self.batch_size,
+                seed=self.seed,
+                steps=self.steps_per_task,
+                **self._ranks(),
+            )
+            # the same loader serves all epochs of its task, so that workers stay alive
+            self._loader = TaskLoader(self._dataset("train", self._plans[task.index]), sampler, num_workers=self.num_workers)
+        assert self._loader is not None
+        start = {"batches": 0, "samples": 0}
+        if self._position is not None and self._position["epoch"] == epoch:
+            start = {key: self._position[key] for key in start}
+        sampler.set_position(epoch=epoch - self._starts[task.index], **start)
+        return self._loader
+
+    @override
+    def val_dataloader(self) -> list[TaskLoader] | CombinedLoader:
+        if "val" not in self._splits:
+            return _no_loaders()
+        trainer = self._attached()
+        if trainer.state.fn != "fit":
+            return self._evaluation_loaders("val", self.parts)
+        task = self._evaluation_at or self.task_of_epoch(trainer.current_epoch)
+        if self._evaluation_at is None and not trainer.sanity_checking and not self._is_due(trainer.current_epoch):
+            self._evaluated = []
+            return _no_loaders()
+        current = set(self._trained[task.index])
+        seen = {column for columns in self._trained[: task.index + 1] for column in columns}
+        wanted = {"seen": seen, "all": range(len(self.parts)), "current": current}[self.evaluate]
+        return self._evaluation_loaders("val", [self.parts[column] for column in sorted(wanted)])
+
+    @override
+    def test_dataloader(self) -> list[TaskLoader] | CombinedLoader:
+        return self._evaluation_loaders("test", self.parts) if "test" in self._splits else _no_loaders()
+
+    @override
+    def predict_dataloader(self) -> DataLoader[Any]:
+        name = next((name for name in ("test", "val") if name in self._splits), "train")
+        return DataLoader(self._splits[name].dataset, batch_size=self.batch_size, collate_fn=self.collate_fn)
+
+    def _is_due(self, epoch: int) -> bool:
+        if self.ends_task(epoch):
+            return True
+        within = epoch - self._starts[self.task_of_epoch(epoch).index] + 1
+        return self.evaluate_every_n_epochs is not None and within % self.evaluate_every_n_epochs == 0
+
+    def _evaluation_loaders(self, name: str, tasks: Sequence[Task]) -> list[TaskLoader]:
+        rows = self.scenario.evaluation(self._plans, self._splits[name].info, self.seed)
+        self._evaluated = list(tasks)
+        return [
+            TaskLoader(
+                self._dataset(name, self._part_plans[task.index]),
+                EvaluationSampler(rows[task.index], batch_size=self.batch_size, **self._ranks()),
+                num_workers=self.num_workers,
+            )
+            for task in tasks
+        ]
+
+    def _dataset(self, name: str, plan: TaskPlan) -> BatchDataset:
+        return BatchDataset(batch_reader(self._splits[name].dataset, self.collate_fn), plan.transform)
+
+    def _ranks(self) -> dict[str, int]:
+        # shards of one replica read the same samples, so the strategy says who reads what
+        replicas: dict[str, int] = getattr(self._attached().strategy, "distributed_sampler_kwargs", None) or {}
+        return {"rank": int(replicas.get("rank", 0)), "world_size": int(replicas.get("num_replicas", 1))}
+
+    def _attached(self) -> Trainer:
+        if self.trainer is None:
+            raise ValueError("The stream's loaders follow a Trainer: pass the datamodule to `Trainer.fit` or `test`.")
+        return self.trainer
+
+    # ------------------------------------------------------------------ checkpoints
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        loader, trainer = self._loader, self.trainer
+        if loader is None or trainer is None or not isinstance(loader.sampler, TaskSampler):
+            return {}
+        batches = loader.batches_read
+        return {
+            "stream": self._fingerprint(),
+            "epoch": trainer.current_epoch,
+            "batches": batches,
+            "samples": loader.sampler.samples_after(batches),
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if not self.tasks:
+            self._make_tasks()
+        if state_dict["stream"] != self._fingerprint():
+            raise ValueError(
+                "The checkpoint is of another stream: the training data, `scenario`, `seed`, `epochs_per_task` and"
+                " `steps_per_task` must be those of the saved run."
+            )
+        self._position = {key: int(state_dict[key]) for key in ("epoch", "batches", "samples")}
+        if self._loader is not None and self._position["epoch"] == 0 and isinstance(self._loader.sampler, TaskSampler):
+            # a scheduler asked for the stream's length, and so for the first loader, before the state came
+            self._loader.sampler.set_position(
+                epoch=0, batches=self._position["batches"], samples=self._position["samples"]
+            )
+
+    def _fingerprint(self) -> list[int]:
+        """Return numbers that two streams share only if they hold the same rows in the same tasks and epochs."""
+        parts = [zlib.crc32(np.ascontiguousarray(plan.indices).tobytes()) for plan in self._plans]
+        return [self.seed, self.steps_per_task or 0, *self._starts, *parts]
+
+
+def _no_loaders() -> CombinedLoader:
+    """Return what Lightning skips without a warning; it takes an empty list for one loader without length."""
+    loaders = CombinedLoader({}, "sequential")
+    loaders._flattened, loaders._spec = tree_flatten({})
+    return loaders
+
+
+def _tasks_of(plans: Sequence[TaskPlan]) -> list[Task]:
+    seen: tuple[int, ...] = ()
+    tasks = []
+    for index, plan in enumerate(plans):
+        seen = tuple(sorted({*seen, *plan.classes}))
+        length, count = len(plan.indices), len(plans)
+        tasks.append(Task(index, plan.name, plan.classes, length=length, num_tasks=count, seen_classes=seen))
+    return tasks

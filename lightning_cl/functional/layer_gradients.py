@@ -1,0 +1,339 @@
+r"""Per-sample gradients of one layer's parameters, from the layer's input and the gradient at its output.
+
+With :math:`a_i` the input of sample :math:`i` and :math:`g_i` the gradient of the loss at the output, a linear layer
+has the per-sample gradient :math:`\sum_t g_{it} a_{it}^\top` over its positions :math:`t`. Squares summed over samples
+then need one matrix product where there is a single position, :math:`(g^2)^\top a^2`, and otherwise a batched product
+over a few samples at a time. Convolutions are the same over patches of their input, embeddings scatter rows, norms
+are elementwise. Any other layer without children is handled by ``vmap`` over its own vector-Jacobian product.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from typing_extensions import override
+
+__all__ = [
+    "PerSampleGradient",
+    "add_rank_one_squares_",
+    "add_squared_sums_",
+    "has_rank_one_gradients",
+    "is_in_reach",
+    "layer_input",
+    "per_sample_gradient",
+]
+
+# elements of per-sample gradients and patches held at once: 2 MB of float32 stay in the cache of a CPU core
+_CPU_CHUNK = 1 << 19
+_GPU_CHUNK = 1 << 26
+
+
+class PerSampleGradient(ABC):
+    """The gradients of one parameter for all samples of one call of its layer, made a few samples at a time.
+
+    Args:
+        batch: Number of samples.
+        footprint: Elements that :meth:`materialise` holds for one sample.
+    """
+
+    def __init__(self, batch: int, footprint: int) -> None:
+        self.batch = batch
+        self.footprint = footprint
+
+    @abstractmethod
+    def materialise(self, rows: slice) -> Tensor:
+        """Return the gradients of the samples ``rows`` as a new tensor ``[rows, *parameter.shape]``."""
+
+    def add_squares_(self, total: Tensor) -> None:
+        """Add the sum over samples of the squared gradients to ``total``."""
+        _add_squared_sums_by_chunks_([self], total)
+
+
+def add_squared_sums_(parts: Sequence[PerSampleGradient], total: Tensor) -> None:
+    """Add the sum over samples of the squared gradient to ``total``, of the parameter's shape.
+
+    Args:
+        parts: One entry for each call that the parameter took part in; they are summed before they are squared.
+        total: Changed in place.
+    """
+    if len(parts) == 1:
+        parts[0].add_squares_(total)
+    else:
+        _add_squared_sums_by_chunks_(parts, total)
+
+
+def _add_squared_sums_by_chunks_(parts: Sequence[PerSampleGradient], total: Tensor) -> None:
+    budget = _CPU_CHUNK if total.device.type == "cpu" else _GPU_CHUNK
+    size = max(1, budget // sum(part.footprint for part in parts))
+    for start in range(0, parts[0].batch, size):
+        rows = slice(start, start + size)
+        gradient = parts[0].materialise(rows)
+        for part in parts[1:]:
+            gradient += part.materialise(rows)
+        total += gradient.square_().sum(0)
+
+
+class _Direct(PerSampleGradient):
+    """Biases and elementwise scales: the gradients are no larger than the layer's output."""
+
+    def __init__(self, gradient: Tensor) -> None:
+        super().__init__(len(gradient), gradient[0].numel())
+        self.gradient = gradient
+
+    @override
+    def materialise(self, rows: slice) -> Tensor:
+        return self.gradient[rows].clone()
+
+    @override
+    def add_squares_(self, total: Tensor) -> None:
+        total += self.gradient.square().sum(0)
+
+
+class _Outer(PerSampleGradient):
+    """Sum over positions of outer products: gradient ``[B, T, out]``, input ``[B, T, in]``."""
+
+    def __init__(self, gradient: Tensor, inputs: Tensor) -> None:
+        super().__init__(len(gradient), gradient.shape[-1] * inputs.shape[-1])
+        self.gradient = gradient
+        self.inputs = inputs
+
+    @override
+    def materialise(self, rows: slice) -> Tensor:
+        return torch.bmm(self.gradient[rows].transpose(1, 2), self.inputs[rows])
+
+
+class _Patches(PerSampleGradient):
+    """Convolution: outer products over positions of the gradient and the patch of the input under the kernel."""
+
+    def __init__(self, layer: nn.modules.conv._ConvNd, gradient: Tensor, inputs: Tensor) -> None:
+        self.layer = layer
+        self.gradient = gradient
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        self.inputs = F.pad(inputs, layer._reversed_padding_repeated_twice, mode=mode).contiguous()
+        weight = layer.weight.numel()
+        patches = layer.in_channels * math.prod(layer.kernel_size) * gradient[0, 0].numel()
+        super().__init__(len(gradient), weight + patches)
+
+    @override
+    def materialise(self, rows: slice) -> Tensor:
+        layer, inputs, gradient = self.layer, self.inputs[rows], self.gradient[rows]
+        sample, channel, *pixel = inputs.stride()
+        kernel = [stride * dilation for stride, dilation in zip(pixel, layer.dilation, strict=True)]
+        step = [stride * hop for stride, hop in zip(pixel, layer.stride, strict=True)]
+        patches = inputs.as_strided(
+            (len(inputs), layer.in_channels, *layer.kernel_size, *gradient.shape[2:]),
+            (sample, channel, *kernel, *step),
+            inputs.storage_offset(),
+        )
+        by_group = (len(inputs) * layer.groups, -1, gradient[0, 0].numel())
+        outer = torch.bmm(gradient.reshape(by_group), patches.reshape(by_group).transpose(1, 2))
+        return outer.view(len(inputs), *layer.weight.shape)
+
+
+class _Rows(PerSampleGradient):
+    """Embedding: the gradient ``[B, T, D]`` of each position is added to the row of its index ``[B, T]``."""
+
+    def __init__(self, layer: nn.Embedding, gradient: Tensor, index: Tensor) -> None:
+        self.num_rows = layer.num_embeddings
+        if layer.padding_idx is not None:
+            gradient = gradient.masked_fill((index == layer.padding_idx).unsqueeze(-1), 0.0)
+        self.gradient = gradient
+        self.index = index
+        super().__init__(len(gradient), layer.weight.numel())
+
+    @override
+    def materialise(self, rows: slice) -> Tensor:
+        index = self.index[rows]
+        table = self.gradient.new_zeros(len(index), self.num_rows, self.gradient.shape[-1])
+        return table.scatter_add_(1, index.unsqueeze(-1).expand_as(self.gradient[rows]), self.gradient[rows])
+
+    @override
+    def add_squares_(self, total: Tensor) -> None:
+        # one row for each different (sample, index), so that a repeated index is summed before it is squared
+        offset = torch.arange(self.batch, device=self.index.device).unsqueeze(1) * self.num_rows
+        pairs, where = (self.index + offset).unique(return_inverse=True)
+        sums = self.gradient.new_zeros(len(pairs), self.gradient.shape[-1])
+        sums.index_add_(0, where.flatten(), self.gradient.flatten(0, 1))
+        total.index_add_(0, pairs % self.num_rows, sums.square_())
+
+
+class _Mapped(PerSampleGradient):
+    """Any layer without children: ``vmap`` over samples of the layer's own vector-Jacobian product."""
+
+    def __init__(
+        self, layer: nn.Module, name: str, gradient: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
+        self.layer = layer
+        self.name = name
+        self.gradient = gradient
+        # whatever has one row for each sample is mapped over, the rest is the same for all samples
+        self.leaves = [*args, *kwargs.values()]
+        self.positional = len(args)
+        self.keywords = list(kwargs)
+        self.dims = [
+            0 if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == len(gradient) else None
+            for leaf in self.leaves
+        ]
+        parameter = cast(Tensor, getattr(layer, name))
+        super().__init__(len(gradient), parameter.numel() + 2 * gradient[0].numel())
+
+    @override
+    def materialise(self, rows: slice) -> Tensor:
+        # without hooks, which would take this for a call of the user's model
+        bare = _WithoutHooks(self.layer)
+        dtype = self.gradient.dtype
+        state = {f"layer.{name}": _as(tensor.detach(), dtype) for name, tensor in self.layer.named_parameters()}
+        wanted = state.pop(f"layer.{self.name}")
+
+        def one_sample(gradient: Tensor, *leaves: Any) -> Tensor:
+            leaves = tuple(
+                leaf if dim is None else leaf.unsqueeze(0) for leaf, dim in zip(leaves, self.dims, strict=True)
+            )
+            keywords = dict(zip(self.keywords, leaves[self.positional :], strict=True))
+
+            def run(parameter: Tensor) -> Tensor:
+                parameters = {**state, f"layer.{self.name}": parameter}
+                output = torch.func.functional_call(bare, parameters, leaves[: self.positional], keywords)
+                return cast(Tensor, output)
+
+            pull_back = torch.func.vjp(run, wanted)[1]
+            return cast(Tensor, pull_back(gradient.unsqueeze(0))[0])
+
+        leaves = [
+            leaf if dim is None else _as(leaf.detach()[rows], dtype)
+            for leaf, dim in zip(self.leaves, self.dims, strict=True)
+        ]
+        return torch.func.vmap(one_sample, in_dims=(0, *self.dims))(self.gradient[rows], *leaves)
+
+
+class _WithoutHooks(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    @override
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.layer.forward(*args, **kwargs)
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Return the first argument of a layer's call, by position or by keyword."""
+    return args[0] if args else next(iter(kwargs.values()), None)
+
+
+def is_in_reach(layer: nn.Module) -> bool:
+    """Tell whether the layer's own parameters act on its input only: it has a rule here, or no children."""
+    return type(layer).forward in _RULES or next(layer.children(), None) is None
+
+
+def per_sample_gradient(
+    layer: nn.Module, name: str, gradient: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> PerSampleGradient:
+    """Return the per-sample gradients of the parameter ``name`` of ``layer`` for one call.
+
+    Args:
+        layer: The layer.
+        name: The parameter's name in the layer.
+        gradient: Gradient at the layer's output, ``[B, ...]``, in the dtype to compute in.
+        args: Positional arguments of the call; tensors with one row for each sample come first.
+        kwargs: Keyword arguments of the call.
+
+    Raises:
+        ValueError: If the layer has no per-sample gradient.
+    """
+    # by its forward: a subclass that changes it is another layer
+    rule = _RULES.get(type(layer).forward)
+    if rule is None:
+        return _Mapped(layer, name, gradient, args, kwargs)
+    return rule(layer, name, gradient, layer_input(args, kwargs).detach())
+
+
+def has_rank_one_gradients(layer: nn.Module, inputs: Any) -> bool:
+    """Tell whether each sample's weight gradient is one outer product: a linear layer with one position per sample."""
+    return type(layer).forward is nn.Linear.forward and isinstance(inputs, Tensor) and inputs.dim() == 2
+
+
+def add_rank_one_squares_(name: str, gradient_squares: Tensor, inputs: Tensor, total: Tensor) -> None:
+    r"""Add :math:`(g^2)^\top a^2` for the weight or :math:`\sum_i g_i^2` for the bias of a linear layer to ``total``.
+
+    Args:
+        name: ``weight`` or ``bias``.
+        gradient_squares: Squared gradients at the output ``[B, out]``, summed over several losses if there are.
+        inputs: The layer's input, ``[B, in]``.
+        total: Changed in place.
+    """
+    if name == "bias":
+        total += gradient_squares.sum(0)
+    else:
+        total.addmm_(gradient_squares.t(), inputs.detach().to(total.dtype).square())
+
+
+def _linear(layer: Any, name: str, gradient: Tensor, inputs: Tensor) -> PerSampleGradient:
+    gradient = gradient.reshape(len(gradient), -1, layer.out_features)
+    if name == "bias":
+        return _Direct(gradient.sum(1))
+    return _Outer(gradient, inputs.to(gradient.dtype).reshape(*gradient.shape[:2], layer.in_features))
+
+
+def _convolution(layer: Any, name: str, gradient: Tensor, inputs: Tensor) -> PerSampleGradient:
+    if name == "bias":
+        return _Direct(gradient.flatten(2).sum(2))
+    return _Patches(layer, gradient, inputs.to(gradient.dtype))
+
+
+def _embedding(layer: Any, name: str, gradient: Tensor, inputs: Tensor) -> PerSampleGradient:
+    if layer.scale_grad_by_freq:
+        raise ValueError("`scale_grad_by_freq=True` makes a sample's gradient depend on the rest of the batch.")
+    return _Rows(layer, gradient.reshape(len(gradient), -1, layer.embedding_dim), inputs.reshape(len(gradient), -1))
+
+
+def _over_last(normalise: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, str, Tensor, Tensor], PerSampleGradient]:
+    """Norms over trailing dimensions, whose weights have the shape of those dimensions."""
+
+    def rule(layer: Any, name: str, gradient: Tensor, inputs: Tensor) -> PerSampleGradient:
+        if name == "weight":
+            gradient = gradient * normalise(layer, inputs).to(gradient.dtype)
+        return _Direct(gradient.reshape(len(gradient), -1, *layer.normalized_shape).sum(1))
+
+    return rule
+
+
+def _over_channels(
+    normalise: Callable[[Any, Tensor], Tensor],
+) -> Callable[[Any, str, Tensor, Tensor], PerSampleGradient]:
+    """Norms whose weights belong to dimension 1."""
+
+    def rule(layer: Any, name: str, gradient: Tensor, inputs: Tensor) -> PerSampleGradient:
+        if name == "weight":
+            gradient = gradient * normalise(layer, inputs).to(gradient.dtype)
+        return _Direct(gradient.reshape(*gradient.shape[:2], -1).sum(2))
+
+    return rule
+
+
+def _batch_norm(layer: Any, inputs: Tensor) -> Tensor:
+    return F.batch_norm(inputs, layer.running_mean, layer.running_var, eps=layer.eps)
+
+
+_RULES: dict[Any, Callable[[Any, str, Tensor, Tensor], PerSampleGradient]] = {
+    nn.Linear.forward: _linear,
+    nn.Conv1d.forward: _convolution,
+    nn.Conv2d.forward: _convolution,
+    nn.Conv3d.forward: _convolution,
+    nn.Embedding.forward: _embedding,
+    nn.LayerNorm.forward: _over_last(lambda layer, x: F.layer_norm(x, layer.normalized_shape, eps=layer.eps)),
+    nn.RMSNorm.forward: _over_last(lambda layer, x: F.rms_norm(x, layer.normalized_shape, eps=layer.eps)),
+    nn.GroupNorm.forward: _over_channels(lambda layer, x: F.group_norm(x, layer.num_groups, eps=layer.eps)),
+    nn.BatchNorm2d.forward: _over_channels(_batch_norm),  # that of BatchNorm1d and BatchNorm3d too
+    nn.SyncBatchNorm.forward: _over_channels(_batch_norm),
+}

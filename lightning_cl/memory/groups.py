@@ -1,0 +1,139 @@
+"""The groups of a buffer: how many entries each has, what it has turned away, and which entries go next."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from lightning_cl.memory.hashing import Int64Array
+
+__all__ = ["Groups", "Members", "Shares"]
+
+Shares = Callable[[Int64Array, int], Int64Array]  # counts in ascending order of group, capacity -> shares
+Members = Callable[[int], Int64Array]  # place of a group -> rows of its entries
+
+_LOWEST, _HIGHEST = np.iinfo(np.int64).min, np.iinfo(np.int64).max
+_ROW = (1 << 32) - 1
+_LEAST_DEPTH, _MOST_DEPTH, _DEPTH_SHARE = 1 << 8, 1 << 16, 16
+
+
+class Groups:
+    """Groups have a place each, in order of arrival.
+
+    Of every group that has let entries go, the smallest keys are in a heap, a sixteenth of the group from 256 to 65536.
+    It is refilled from the group when it is used up, so an eviction costs O(log group) on average. An entry that left
+    its row or was given a new key stays in the heap until its turn comes, and is recognised by its key.
+
+    Attributes:
+        values: Group of each place, shape ``[groups]``, like the others.
+        counts: Number of entries.
+        floors: The largest key ever turned away; all entries have larger ones.
+    """
+
+    def __init__(self) -> None:
+        self.values: Int64Array = np.empty(0, dtype=np.int64)
+        self.counts: Int64Array = np.empty(0, dtype=np.int64)
+        self.floors: Int64Array = np.empty(0, dtype=np.int64)
+        self._ascending: Int64Array = np.empty(0, dtype=np.int64)  # places in the order of their values
+        self._heaps: list[list[int]] = []  # of key * 2**32 + row
+        self._bounds: Int64Array = np.empty(0, dtype=np.int64)  # every entry with a smaller key is in the heap
+
+    def places(self, groups: Int64Array) -> Int64Array:
+        """Return the place of each group, entering those that are new. Shape ``[n]`` like ``groups``."""
+        values = self.values[self._ascending]
+        found = values.searchsorted(groups)
+        known = np.append(values, 0)[found] == groups
+        known[found == len(values)] = False
+        if not known.all():
+            new = np.unique(groups[~known])
+            self.values = np.append(self.values, new)
+            self.counts = np.append(self.counts, np.zeros_like(new))
+            self.floors = np.append(self.floors, np.full_like(new, _LOWEST))
+            self._bounds = np.append(self._bounds, np.full_like(new, _LOWEST))
+            self._heaps.extend([] for _ in new)
+            self._ascending = np.argsort(self.values)
+            found = self.values[self._ascending].searchsorted(groups)
+        return self._ascending[found]
+
+    def count(self, places: Int64Array) -> Int64Array:
+        """Return how often each place occurs, shape ``[groups]``."""
+        return np.bincount(places, minlength=len(self.counts))
+
+    def shares(self, counts: Int64Array, capacity: int, rule: Shares) -> Int64Array:
+        """Apply a rule to counts by place, shape ``[groups]``."""
+        shares = np.empty_like(counts)
+        shares[self._ascending] = rule(counts[self._ascending], capacity)
+        return shares
+
+    def push(self, places: Int64Array, keys: Int64Array, rows: Int64Array) -> None:
+        """Tell of entries that are new in their groups, or have new keys."""
+        low = (keys < self._bounds[places]).nonzero()[0]
+        for place, key, row in zip(places[low].tolist(), keys[low].tolist(), rows[low].tolist(), strict=True):
+            heapq.heappush(self._heaps[place], (key << 32) | row)
+
+    def turn_away(
+        self, keys: Int64Array, places: Int64Array, excess: Int64Array, held: Int64Array, members: Members
+    ) -> tuple[npt.NDArray[np.bool_], Int64Array]:
+        """Choose the smallest keys of every group that has too many, and raise its floor to them.
+
+        Args:
+            keys: Keys of candidates, shape ``[n]``.
+            places: Places of their groups, shape ``[n]``.
+            excess: How many entries and candidates each group must turn away, shape ``[groups]``.
+            held: Key of every row.
+            members: Gives the rows of a group.
+
+        Returns:
+            Whether each candidate enters, shape ``[n]``, and the rows of the entries that leave.
+        """
+        enters = np.ones(len(keys), dtype=np.bool_)
+        leaving: list[int] = []
+        order = np.lexsort((keys, places))
+        losing = excess.nonzero()[0]
+        starts, ends = (places[order].searchsorted(losing, side=side).tolist() for side in ("left", "right"))
+        ordered_keys = keys[order].tolist()
+        for place, count, start, end in zip(losing.tolist(), excess[losing].tolist(), starts, ends, strict=True):
+            first = start
+            for _ in range(count):
+                entry = self._first(place, held, members)
+                if entry is None or (start < end and ordered_keys[start] < entry >> 32):
+                    self.floors[place] = ordered_keys[start]
+                    start += 1
+                else:
+                    heapq.heappop(self._heaps[place])
+                    leaving.append(entry & _ROW)
+                    self.floors[place] = entry >> 32
+            enters[order[first:start]] = False
+        return enters, np.array(leaving, dtype=np.int64)
+
+    def forget_rows(self) -> None:
+        """Start anew because rows have got other numbers."""
+        self._heaps = [[] for _ in self._heaps]
+        self._bounds[:] = _LOWEST
+
+    def _first(self, place: int, held: Int64Array, members: Members) -> int | None:
+        """Return the smallest entry of a group in the form it has in the heap, None if there is none."""
+        heap = self._heaps[place]
+        while True:
+            while heap:
+                if held[heap[0] & _ROW] == heap[0] >> 32:
+                    return heap[0]
+                heapq.heappop(heap)
+            if self._bounds[place] == _HIGHEST:
+                return None
+            self._refill(place, held, members(place))
+
+    def _refill(self, place: int, held: Int64Array, rows: Int64Array) -> None:
+        rows = rows[held[rows] > self.floors[place]]  # entries that are leaving right now are in their rows still
+        depth = min(max(_LEAST_DEPTH, len(rows) // _DEPTH_SHARE), _MOST_DEPTH)
+        bound = _HIGHEST
+        if depth < len(rows):
+            rows = rows[np.argpartition(held[rows], depth)[: depth + 1]]
+            bound = int(held[rows].max())
+            rows = rows[held[rows] < bound]
+        self._bounds[place] = bound
+        rows = rows[np.argsort(held[rows])]
+        self._heaps[place].extend((key << 32) | row for key, row in zip(held[rows].tolist(), rows.tolist(), strict=True))

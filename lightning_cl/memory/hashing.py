@@ -1,0 +1,45 @@
+"""Stateless pseudo-random numbers per sample, and the array types of this package.
+
+SplitMix64: Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators", OOPSLA.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Int64Array", "UInt64Array", "sample_keys", "splitmix64"]
+
+Int64Array = npt.NDArray[np.int64]
+UInt64Array = npt.NDArray[np.uint64]
+
+GOLDEN_RATIO = np.uint64(0x9E3779B97F4A7C15)  # 2**64 divided by the golden ratio, odd
+
+
+def splitmix64(values: UInt64Array) -> UInt64Array:
+    """Return the SplitMix64 output for every value, a bijection of the 64-bit integers.
+
+    >>> hex(splitmix64(np.array([0], dtype=np.uint64))[0])
+    '0xe220a8397b1dcdaf'
+    """
+    mixed = values + GOLDEN_RATIO
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))
+
+
+def sample_keys(sample_ids: Int64Array, seed: int) -> Int64Array:
+    """Return one key per sample, uniform over the 64-bit integers and the same whenever and wherever it is asked for.
+
+    Distinct samples have distinct keys, because every step is a bijection.
+
+    Args:
+        sample_ids: Shape ``[n]``.
+        seed: From 0 to 2**64 - 1; every seed gives another order of the samples.
+
+    Returns:
+        Shape ``[n]``.
+    """
+    state = splitmix64(np.array([seed], dtype=np.uint64))
+    mixed = splitmix64(sample_ids.view(np.uint64) * GOLDEN_RATIO + state)
+    return (mixed ^ np.uint64(1 << 63)).view(np.int64)  # the sign bit flipped keeps the order of the unsigned numbers

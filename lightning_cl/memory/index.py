@@ -1,0 +1,231 @@
+"""The metadata of all entries of a buffer, alike on every rank, and where each rank keeps its own payload."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from lightning_cl.memory.groups import Groups, Shares
+from lightning_cl.memory.hashing import Int64Array
+from lightning_cl.memory.lookup import IdTable
+
+__all__ = ["Entries", "Index", "SlotChange"]
+
+_NONE: Int64Array = np.empty(0, dtype=np.int64)
+_COLUMNS = ("ids", "groups", "labels", "tasks", "owners")  # those that Entries has
+_ALL_COLUMNS = (*_COLUMNS, "keys", "slots")
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Metadata of some samples, each array of shape ``[n]``."""
+
+    ids: Int64Array
+    groups: Int64Array
+    labels: Int64Array
+    tasks: Int64Array
+    owners: Int64Array
+
+    def take(self, which: npt.NDArray[np.bool_] | Int64Array) -> Entries:
+        """Return the samples at these positions, or where this mask is true."""
+        return Entries(
+            self.ids[which],
+            self.groups[which],
+            self.labels[which],
+            self.tasks[which],
+            self.owners[which],
+        )
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class SlotChange:
+    """What a storage has to do, in this order.
+
+    Attributes:
+        freed: Slots that are not refilled.
+        sources: Last slots whose payload moves, so that the slots in use stay without gaps.
+        targets: Where it moves to.
+        entering: Positions in the batch of the samples to write.
+        slots: Where they go, shape like ``entering``.
+    """
+
+    freed: Int64Array
+    sources: Int64Array
+    targets: Int64Array
+    entering: Int64Array
+    slots: Int64Array
+
+
+class Index:
+    """All entries of a buffer, in rows ``0 .. size - 1``. Row and group order carry no meaning.
+
+    About 60 bytes per entry. The payload of the entries that this rank owns lies in slots ``0 .. local_size - 1``.
+    """
+
+    def __init__(self, capacity: int, rank: int) -> None:
+        self.capacity = capacity
+        self.rank = rank
+        self.ids: Int64Array = np.empty(0, dtype=np.int64)
+        self.keys: Int64Array = np.empty(0, dtype=np.int64)
+        self.groups: Int64Array = np.empty(0, dtype=np.int64)
+        self.labels: Int64Array = np.empty(0, dtype=np.int64)
+        self.tasks: npt.NDArray[np.int32] = np.empty(0, dtype=np.int32)
+        self.owners: npt.NDArray[np.int32] = np.empty(0, dtype=np.int32)
+        self.slots: npt.NDArray[np.int32] = np.empty(0, dtype=np.int32)  # -1 where another rank owns the entry
+        self.size = 0
+        self._rows_of_slots: npt.NDArray[np.int32] = np.empty(0, dtype=np.int32)
+        self.local_size = 0
+        self._table = IdTable()
+        self._groups = Groups()
+
+    @property
+    def floors(self) -> dict[int, int]:
+        """The largest key that each group has ever turned away."""
+        return dict(zip(self._groups.values.tolist(), self._groups.floors.tolist(), strict=True))
+
+    @property
+    def local_rows(self) -> npt.NDArray[np.int32]:
+        """Rows of this rank's entries in the order of their slots, shape ``[local_size]``."""
+        return self._rows_of_slots[: self.local_size]
+
+    def restore(self, entries: Entries, keys: Int64Array, floors: dict[int, int]) -> None:
+        """Fill an empty index; this rank's entries get slots in the order in which they come."""
+        self.size = len(entries)
+        self._reserve()
+        for name in _COLUMNS:
+            getattr(self, name)[: self.size] = getattr(entries, name)
+        self.keys[: self.size] = keys
+        mine = np.flatnonzero(entries.owners == self.rank)
+        self.local_size = len(mine)
+        self._rows_of_slots[: len(mine)] = mine
+        self.slots[: self.size] = -1
+        self.slots[mine] = np.arange(len(mine))
+        self._table.rebuild(self.ids[: self.size])
+        groups = self._groups
+        groups.floors[groups.places(np.array(list(floors), dtype=np.int64))] = list(floors.values())
+        groups.counts += groups.count(groups.places(entries.groups))
+
+    def entries(self, rows: npt.NDArray[np.integer] | slice) -> Entries:
+        """Return the metadata in these rows."""
+        return Entries(
+            self.ids[: self.size][rows],
+            self.groups[: self.size][rows],
+            self.labels[: self.size][rows],
+            self.tasks[: self.size][rows].astype(np.int64),
+            self.owners[: self.size][rows].astype(np.int64),
+        )
+
+    def find(self, ids: Int64Array) -> Int64Array:
+        """Return the row of each id, -1 where the buffer does not hold it."""
+        return self._table.find(self.ids[: self.size], ids)
+
+    def renew(self, rows: Int64Array, keys: Int64Array) -> None:
+        """Give entries new, larger keys."""
+        self.keys[rows] = keys
+        self._groups.push(self._groups.places(self.groups[rows]), keys, rows)
+
+    def shares(self, groups: Int64Array, rule: Shares) -> Int64Array:
+        """Return how many entries the group of each candidate would keep if all candidates came, shape ``[n]``."""
+        places = self._groups.places(groups)
+        after = self._groups.counts + self._groups.count(places)
+        return self._groups.shares(after, self.capacity, rule)[places]
+
+    def admit(self, candidates: Entries, keys: Int64Array, rule: Shares) -> SlotChange:
+        """Take in what of the candidates belongs in the buffer, and let go what no longer does.
+
+        Args:
+            candidates: Samples that the buffer does not hold, ids distinct.
+            keys: Their keys, shape ``[n]``.
+            rule: Shares of the groups for their counts and the capacity.
+        """
+        groups = self._groups
+        places = groups.places(candidates.groups)
+        # A key below one that was turned away must stay out also when a purge has made room: the content of a group is
+        # then still all samples above a threshold, so no sample is more likely kept than another.
+        positions = (keys > groups.floors[places]).nonzero()[0]
+        keys, places = keys[positions], places[positions]
+        after = groups.counts + groups.count(places)
+        leaving = _NONE
+        if after.sum() > self.capacity:
+            shares = groups.shares(after, self.capacity, rule)
+            if shares.sum() != self.capacity:
+                raise ValueError("`Policy.shares` must use the whole capacity when there are samples for it.")
+            enters, leaving = groups.turn_away(keys, places, after - shares, self.keys, self._members)
+            keys, places, positions, after = keys[enters], places[enters], positions[enters], shares
+        groups.counts = after
+        return self._replace(leaving, candidates.take(positions), keys, places, positions)
+
+    def remove(self, rows: Int64Array) -> SlotChange:
+        """Let go of entries for good, in O(size)."""
+        freed = np.sort(self.slots[rows][self.owners[rows] == self.rank].astype(np.int64))
+        kept = np.ones(self.size, dtype=np.bool_)
+        kept[rows] = False
+        self._groups.counts -= self._groups.count(self._groups.places(self.groups[rows]))
+        for name in _ALL_COLUMNS:
+            setattr(self, name, getattr(self, name)[: self.size][kept])
+        self.size -= len(rows)
+        self._table.rebuild(self.ids)
+        self._groups.forget_rows()
+        sources, targets = self._close_gaps(freed)
+        local = np.flatnonzero(self.owners == self.rank)
+        moved_to = np.arange(self.local_size + len(freed), dtype=np.int32)
+        moved_to[sources] = targets
+        self.slots[local] = moved_to[self.slots[local]]
+        self._rows_of_slots = np.empty(self.size, dtype=np.int32)
+        self._rows_of_slots[self.slots[local]] = local
+        return SlotChange(freed, sources, targets, _NONE, _NONE)
+
+    def _close_gaps(self, freed: Int64Array) -> tuple[Int64Array, Int64Array]:
+        """Shorten the used slots by as many as ``freed`` (ascending), and return which move, and where to."""
+        shorter = self.local_size - len(freed)
+        targets = freed[freed < shorter]
+        sources = np.setdiff1d(np.arange(shorter, self.local_size), freed, assume_unique=True)
+        self.local_size = shorter
+        return sources, targets
+
+    def _replace(
+        self, leaving: Int64Array, new: Entries, keys: Int64Array, places: Int64Array, positions: Int64Array
+    ) -> SlotChange:
+        """Write the new entries into the rows that ``leaving`` gives up and, if they are more, behind the last."""
+        freed = np.sort(self.slots[leaving][self.owners[leaving] == self.rank].astype(np.int64))
+        mine = np.flatnonzero(new.owners == self.rank)
+        refilled, freed = freed[: len(mine)], freed[len(mine) :]
+        sources, targets = self._close_gaps(freed)
+        moved = self._rows_of_slots[sources]
+        self.slots[moved], self._rows_of_slots[targets] = targets, moved
+
+        added = len(new) - len(leaving)
+        rows = np.concatenate((leaving, np.arange(self.size, self.size + added)))
+        self.size += added
+        self._reserve()
+        slots = np.concatenate((refilled, np.arange(self.local_size, self.local_size + len(mine) - len(refilled))))
+        self.local_size += len(mine) - len(refilled)
+        for name in _COLUMNS:
+            getattr(self, name)[rows] = getattr(new, name)
+        self.keys[rows] = keys
+        self.slots[rows] = -1
+        self.slots[rows[mine]] = slots
+        self._rows_of_slots[slots] = rows[mine]
+        self._table.add(self.ids[: self.size], rows)
+        self._groups.push(places, keys, rows)
+        return SlotChange(freed, sources, targets, positions[mine], slots)
+
+    def _reserve(self) -> None:
+        """Make room for ``size`` rows, by doubling and never beyond the capacity."""
+        if self.size > len(self.ids):
+            length = min(max(2 * len(self.ids), self.size, 1024), self.capacity)
+            for name in (*_ALL_COLUMNS, "_rows_of_slots"):
+                column = getattr(self, name)
+                grown = np.empty(length, dtype=column.dtype)
+                grown[: len(column)] = column
+                setattr(self, name, grown)
+
+    def _members(self, place: int) -> Int64Array:
+        if self._groups.counts[place] == self.size:
+            return np.arange(self.size)
+        return (self.groups[: self.size] == self._groups.values[place]).nonzero()[0]

@@ -1,0 +1,129 @@
+"""What every policy is: a rule that turns metadata into groups, shares of the capacity and keys."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import numpy as np
+from torch import Tensor
+
+from lightning_cl.memory.hashing import Int64Array
+
+__all__ = ["Policy", "TaskEndPolicy", "equal_shares"]
+
+
+def equal_shares(counts: Int64Array, capacity: int) -> Int64Array:
+    """Share ``capacity`` as equally as the groups allow: :math:`n_g = \\min(c_g, L)`, the remainder to the last groups.
+
+    A group smaller than its share leaves the rest to the others. Groups that are cut differ by one at most. The result
+    depends on the counts only, and cutting now and again later gives what cutting once later would have given.
+
+    Args:
+        counts: Entries each group could fill, shape ``[groups]``.
+        capacity: Entries that all groups together may keep, from 0.
+
+    Returns:
+        Entries each group keeps, shape ``[groups]``; the sum is ``min(capacity, counts.sum())``.
+
+    >>> equal_shares(np.array([7, 1, 5, 9]), capacity=12).tolist()
+    [3, 1, 4, 4]
+    """
+    if counts.sum() <= capacity:
+        return counts.copy()
+    ordered = np.sort(counts)
+    before = np.cumsum(ordered) - ordered
+    levels = (capacity - before) // np.arange(len(counts), 0, -1)
+    level = levels[np.argmax(ordered > levels)]  # of the smallest group that gets less than it could fill
+    shares = np.minimum(counts, level)
+    wanting = np.flatnonzero(counts > level)
+    shares[wanting[len(wanting) - (capacity - int(shares.sum())) :]] += 1
+    return shares
+
+
+class Policy(ABC):
+    """Decides what a buffer keeps. It holds neither payload nor state: the same metadata give the same decision.
+
+    Every sample belongs to a group and has a key; a group keeps the samples with its largest keys, as many as its share
+    of the capacity. A subclass with a ``name`` can be asked for by that name; nothing else has to be edited::
+
+        class Newest(Policy, name="newest"): ...
+        ReplayBuffer(100, policy="newest")
+
+    Attributes:
+        name: What users write for it; the name of the class if it was not given one.
+        needs_labels: Whether :meth:`groups` reads the labels.
+        renews: Whether a sample that is presented again gets the key of its latest presentation.
+        needs_boundaries: Whether the choice depends on where a task ends.
+        selects_at_task_end: Whether samples come by ``ReplayBuffer.offer`` and not by ``insert``.
+    """
+
+    registry: ClassVar[dict[str, type[Policy]]] = {}
+    name: ClassVar[str]
+    needs_labels: ClassVar[bool] = False
+    renews: ClassVar[bool] = False
+    needs_boundaries: ClassVar[bool] = False
+    selects_at_task_end: ClassVar[bool] = False
+
+    def __init_subclass__(cls, *, name: str | None = None, **kwargs: object) -> None:
+        """Enter a subclass that has a name in the registry."""
+        super().__init_subclass__(**kwargs)
+        cls.name = name or cls.__name__
+        if name is not None:
+            taken = Policy.registry.setdefault(name, cls)
+            if taken.__qualname__ != cls.__qualname__:  # the same one comes again when its module is reloaded
+                raise ValueError(f"`name={name!r}` of {cls.__qualname__} is taken by {taken.__qualname__}.")
+            Policy.registry[name] = cls
+
+    @staticmethod
+    def resolve(policy: str | Policy) -> Policy:
+        """Return ``policy``, built with its defaults if it is given by name.
+
+        Raises:
+            ValueError: If no policy has that name.
+        """
+        if isinstance(policy, Policy):
+            return policy
+        if policy not in Policy.registry:
+            raise ValueError(f"`policy` must be a Policy or one of {sorted(Policy.registry)}, got {policy!r}.")
+        return Policy.registry[policy]()
+
+    @abstractmethod
+    def groups(self, labels: Int64Array, tasks: Int64Array) -> Int64Array:
+        """Return the group of each sample, shape ``[n]`` like both arguments; ``labels`` are 0 if there are none."""
+
+    @abstractmethod
+    def keys(self, sample_ids: Int64Array, *, seed: int, clock: int) -> Int64Array:
+        """Return the key of each sample, shape ``[n]``: larger keys are kept.
+
+        No two samples of one group may have the same key.
+
+        Args:
+            sample_ids: Distinct and ascending, shape ``[n]``. A policy that selects at a task's end gets the samples of
+                one group instead, the one chosen first in front.
+            seed: The buffer's seed, from 0.
+            clock: Number of batches the buffer has seen before, from 0 and below 2**31.
+        """
+
+    def shares(self, counts: Int64Array, capacity: int) -> Int64Array:
+        """Share the capacity among groups, in ascending order of group; see :func:`equal_shares`."""
+        return equal_shares(counts, capacity)
+
+
+class TaskEndPolicy(Policy):
+    """A policy to which samples are offered once, at a task's end, with features of the trained model."""
+
+    needs_boundaries: ClassVar[bool] = True
+    selects_at_task_end: ClassVar[bool] = True
+
+    @abstractmethod
+    def select(self, features: Tensor, count: int) -> Tensor:
+        """Return which samples of one group to keep, the most important first.
+
+        Args:
+            features: One row per sample, ascending in sample id, shape ``[n, dim]``, on the CPU.
+            count: How many to choose, at most ``n``.
+
+        Returns:
+            Distinct positions in ``features``, int64, shape ``[count]``.
+        """

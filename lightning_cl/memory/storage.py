@@ -1,0 +1,345 @@
+"""Where the payload of a replay buffer lies: in memory, on disk, or nowhere but in the dataset."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_cl.memory.columns import (
+    Bytes,
+    Column,
+    DenseColumn,
+    ListColumn,
+    RaggedColumn,
+    RowShape,
+    piece_rows,
+    read_piece,
+)
+from lightning_cl.memory.hashing import Int64Array
+
+if sys.platform != "win32":
+    import fcntl
+    import os
+
+__all__ = ["Columns", "Fetch", "IndexStorage", "MemoryStorage", "MmapStorage", "Storage"]
+
+Columns = Mapping[str, Tensor | list[Any]]
+Fetch = Callable[[Tensor], Columns]
+
+_BLOCK = 4096  # rows handled at a time when a whole column is copied
+_PLAIN = (str, bytes, int, float, bool, type(None))
+
+
+class Storage(ABC):
+    """Keeps the payload of one rank in slots ``0 .. size - 1``. A subclass with a ``name`` can be asked for by it.
+
+    Attributes:
+        keeps_payload: Whether :meth:`write` needs columns. If not, ``columns`` must be empty.
+    """
+
+    registry: ClassVar[dict[str, type[Storage]]] = {}
+    keeps_payload: ClassVar[bool] = True
+    _attached = False
+
+    def __init_subclass__(cls, *, name: str | None = None, **kwargs: object) -> None:
+        """Enter a subclass that has a name in the registry."""
+        super().__init_subclass__(**kwargs)
+        if name is not None:
+            Storage.registry[name] = cls
+
+    @staticmethod
+    def resolve(storage: str | Storage) -> Storage:
+        """Return ``storage``, built with its defaults if it is given by name.
+
+        Raises:
+            ValueError: If no storage has that name, or it has settings without a default.
+        """
+        if isinstance(storage, Storage):
+            return storage
+        if storage not in Storage.registry:
+            raise ValueError(f"`storage` must be a Storage or one of {sorted(Storage.registry)}, got {storage!r}.")
+        kind = Storage.registry[storage]
+        try:
+            return kind()
+        except TypeError as error:
+            raise ValueError(
+                f"`storage={storage!r}` has settings without a default; give `storage={kind.__name__}(...)`: {error}."
+            ) from None
+
+    def attach(self, *, capacity: int, rank: int) -> None:
+        """Serve a buffer from now on.
+
+        Args:
+            capacity: The most slots that will be used, from 1.
+            rank: The rank whose payload this is.
+
+        Raises:
+            ValueError: If this storage serves another buffer already.
+        """
+        if self._attached:
+            raise ValueError("`storage` serves another buffer already: give every buffer a storage of its own.")
+        self._attached = True
+
+    @abstractmethod
+    def check(self, columns: Columns, count: int) -> None:
+        """Raise a ValueError that names the column if ``columns`` are not ``count`` rows like those stored before."""
+
+    @abstractmethod
+    def write(self, slots: Int64Array, columns: Columns, picks: Int64Array) -> None:
+        """Put the rows ``picks`` of ``columns`` into ``slots``, over what was there."""
+
+    @abstractmethod
+    def read(self, slots: Int64Array, sample_ids: Tensor) -> dict[str, Tensor | list[Any]]:
+        """Return copies of the rows in these slots, which belong to these samples."""
+
+    @abstractmethod
+    def remove(self, freed: Int64Array, sources: Int64Array, targets: Int64Array) -> None:
+        """Overwrite the freed slots, then move rows from ``sources`` to ``targets``."""
+
+    @abstractmethod
+    def pieces(self) -> dict[str, list[Any]]:
+        """Return every column in slot order, as pieces that share memory with the storage."""
+
+    @abstractmethod
+    def load(self, pieces: Mapping[str, list[Any]], picks: Int64Array, total: int) -> None:
+        """Replace the content by the rows ``picks`` (ascending) of the ``total`` rows that ``pieces`` make up."""
+
+
+class ArrayStorage(Storage):
+    """What the storages with a payload share: a set of columns on top of memory that a subclass allocates."""
+
+    def __init__(self) -> None:
+        self._capacity = 0
+        self._size = 0
+        self._columns: dict[str, Column] = {}
+
+    @abstractmethod
+    def _allocate(self, count: int) -> Bytes:
+        """Return ``count`` bytes of zeros."""
+
+    @override
+    def attach(self, *, capacity: int, rank: int) -> None:
+        super().attach(capacity=capacity, rank=rank)
+        self._capacity = capacity
+
+    @override
+    def check(self, columns: Columns, count: int) -> None:
+        if count and not columns:
+            raise ValueError(f"`columns` is empty, but this rank owns {count} samples of the batch.")
+        for name, value in columns.items():
+            if len(value) != count:
+                raise ValueError(f"`columns[{name!r}]` has {len(value)} rows, but this rank owns {count} samples.")
+        if count:
+            if self._columns and columns.keys() != self._columns.keys():
+                raise ValueError(f"`columns` must be {sorted(self._columns)} as before, got {sorted(columns)}.")
+            for name, value in columns.items():
+                self._describe(name, value)
+
+    @override
+    def write(self, slots: Int64Array, columns: Columns, picks: Int64Array) -> None:
+        if len(slots):
+            for name, value in columns.items():
+                if isinstance(value, Tensor):
+                    rows = value.detach().index_select(0, torch.from_numpy(picks).to(value.device))
+                    self._store(name, self._size, slots, rows.cpu())
+                else:
+                    self._store(name, self._size, slots, [value[pick] for pick in picks.tolist()])
+            self._size = max(self._size, int(slots.max()) + 1)
+
+    @override
+    def read(self, slots: Int64Array, sample_ids: Tensor) -> dict[str, Tensor | list[Any]]:
+        return {name: column.read(slots) for name, column in self._columns.items()}
+
+    @override
+    def remove(self, freed: Int64Array, sources: Int64Array, targets: Int64Array) -> None:
+        if len(freed):
+            for column in self._columns.values():
+                column.remove(freed, sources, targets)
+            self._size -= len(freed)
+
+    @override
+    def pieces(self) -> dict[str, list[Any]]:
+        return {name: column.pieces(self._size) for name, column in self._columns.items()}
+
+    @override
+    def load(self, pieces: Mapping[str, list[Any]], picks: Int64Array, total: int) -> None:
+        self._columns, self._size = {}, 0
+        if total and not pieces:
+            raise ValueError("The state holds no payload, it was written by `storage='index'`: load it with that one.")
+        for name, parts in pieces.items():
+            start = 0
+            for part in parts:
+                rows = piece_rows(part)
+                mine = np.arange(*np.searchsorted(picks, (start, start + rows)))
+                for block in np.split(mine, range(_BLOCK, len(mine), _BLOCK)):
+                    if len(block):
+                        self._store(name, int(block[0]), block, read_piece(part, picks[block] - start))
+                start += rows
+            if start != total:
+                raise ValueError(f"The state is inconsistent: column {name!r} has {start} rows for {total} samples.")
+        self._size = len(picks)
+
+    def _describe(self, name: str, value: Tensor | list[Any]) -> RowShape | None:
+        """Return what all rows of the column have in common with these ones, None for plain Python values."""
+        known = self._columns.get(name)
+        if isinstance(value, Tensor):
+            kinds = [(value.shape[1:], value.dtype)]
+        elif isinstance(value, list) and isinstance(value[0], Tensor):
+            kinds = list({(row.shape, row.dtype) for row in value if isinstance(row, Tensor)})
+        else:
+            kinds = []
+        tensors = bool(kinds) and (isinstance(value, Tensor) or all(isinstance(row, Tensor) for row in value))
+        if not (tensors or (isinstance(value, list) and all(_is_plain(row) for row in value))):
+            raise ValueError(
+                f"`columns[{name!r}]` must be a Tensor, a list of Tensors, or a list of str, bytes, numbers, None and "
+                f"lists, tuples and dicts of these, got {type(value).__name__}."
+            )
+        if known is not None and isinstance(known, ListColumn) == tensors:
+            raise ValueError(f"`columns[{name!r}]` must hold {'Python values' if tensors else 'tensors'} as before.")
+        if not tensors:
+            return None
+        row = known.row if isinstance(known, DenseColumn | RaggedColumn) else RowShape(name, *kinds[0])
+        for shape, dtype in kinds:
+            row = row.joined(shape, dtype)
+        return row
+
+    def _store(self, name: str, size: int, slots: Int64Array, value: Tensor | list[Any]) -> None:
+        row = self._describe(name, value)
+        column = self._columns.get(name)
+        if row is None:
+            column = column or ListColumn()
+        elif isinstance(value, Tensor) and row.varying is None and not isinstance(column, RaggedColumn):
+            column = column or DenseColumn(row, self._capacity, self._allocate)
+        else:
+            value = [part.detach().cpu() for part in value]
+            if not isinstance(column, RaggedColumn):
+                column = self._as_ragged(row, column, size)
+            column.row = row
+        self._columns[name] = column
+        column.write(slots, value)
+
+    def _as_ragged(self, row: RowShape, column: Column | None, size: int) -> RaggedColumn:
+        ragged = RaggedColumn(row, self._allocate)
+        if column is not None:
+            for start in range(0, size, _BLOCK):
+                slots = np.arange(start, min(start + _BLOCK, size))
+                ragged.write(slots, column.read(slots))
+        return ragged
+
+
+class MemoryStorage(ArrayStorage, name="memory"):
+    """The payload in memory, in its own dtype, growing with what the rank really holds."""
+
+    @override
+    def _allocate(self, count: int) -> Bytes:
+        return np.zeros(count, dtype=np.uint8)
+
+
+class MmapStorage(ArrayStorage, name="mmap"):
+    """The payload on disk, in memory-mapped files. Lists of Python values stay in memory.
+
+    The files are scratch: a checkpoint does not need them. They go when the buffer goes, or when the next run with the
+    same directory and rank starts.
+
+    Args:
+        directory: Where to put them; made if absent. Ranks may share it, buffers may not. A local disk is best.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        super().__init__()
+        self.directory = Path(directory)
+        self._lock: IO[str] | None = None
+        self._files = 0
+
+    @override
+    def attach(self, *, capacity: int, rank: int) -> None:
+        super().attach(capacity=capacity, rank=rank)
+        self._folder = self.directory / f"rank{rank}"
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self._folder / "lock", "w")  # noqa: SIM115  # held open as long as the storage lives
+        if sys.platform != "win32":
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(
+                    f"`directory={str(self.directory)!r}` serves another buffer: give every buffer its own."
+                ) from None
+            except OSError:  # a file system without locks: nothing is lost but this check
+                pass
+        for old in self._folder.glob("*.bin"):
+            old.unlink()
+
+    @override
+    def _allocate(self, count: int) -> Bytes:
+        if not count:
+            return np.zeros(0, dtype=np.uint8)  # a file cannot be mapped without bytes
+        path = self._folder / f"{self._files:06d}.bin"
+        self._files += 1
+        with open(path, "w+b") as file:
+            file.truncate(count)
+            if sys.platform == "linux":
+                os.posix_fallocate(file.fileno(), 0, count)  # a full disk is an error here, later it kills the process
+        mapped = np.memmap(path, dtype=np.uint8, mode="r+", shape=(count,))
+        weakref.finalize(mapped, path.unlink, missing_ok=True)
+        return mapped
+
+
+class IndexStorage(Storage, name="index"):
+    """No payload: what is drawn is fetched from the dataset by sample id.
+
+    Needs no memory for samples, but gives them as they are in the dataset, not as they were when they came by.
+    """
+
+    keeps_payload: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        self._fetch: Fetch | None = None
+
+    def bind(self, fetch: Fetch) -> None:
+        """Set where samples come from: ``fetch(sample_ids) -> columns``, rows in the order of the int64 ids."""
+        self._fetch = fetch
+
+    @override
+    def check(self, columns: Columns, count: int) -> None:
+        if columns:
+            raise ValueError(
+                f"`storage='index'` keeps no payload, got columns {sorted(columns)}: pass none, or use another storage."
+            )
+
+    @override
+    def write(self, slots: Int64Array, columns: Columns, picks: Int64Array) -> None:
+        pass
+
+    @override
+    def read(self, slots: Int64Array, sample_ids: Tensor) -> dict[str, Tensor | list[Any]]:
+        if self._fetch is None:
+            raise ValueError("`storage='index'` does not know where samples are: call `storage.bind(fetch)` first.")
+        return dict(self._fetch(sample_ids))
+
+    @override
+    def remove(self, freed: Int64Array, sources: Int64Array, targets: Int64Array) -> None:
+        pass
+
+    @override
+    def pieces(self) -> dict[str, list[Any]]:
+        return {}
+
+    @override
+    def load(self, pieces: Mapping[str, list[Any]], picks: Int64Array, total: int) -> None:
+        if pieces:
+            raise ValueError(f"The state holds a payload ({sorted(pieces)}), which `storage='index'` cannot keep.")
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(_is_plain(key) and _is_plain(item) for key, item in value.items())
+    return type(value) in _PLAIN or (isinstance(value, list | tuple) and all(map(_is_plain, value)))

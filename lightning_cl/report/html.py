@@ -1,0 +1,165 @@
+"""The HTML report: one file that needs no network, with the figures inside it and as PNG files beside it."""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lightning_cl.core.imports import require
+from lightning_cl.report import plots
+from lightning_cl.report.record import RunRecord
+from lightning_cl.report.style import DARK, LIGHT, Theme, cell_colors, png
+from lightning_cl.report.table import COLUMNS, MethodRow, Statistic, best, summarise
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["write_report"]
+
+
+def write_report(records: Sequence[RunRecord], directory: str | Path) -> Path:
+    """Write ``report.html`` and its figures as PNG files into a folder.
+
+    The page holds its figures twice, for light and for dark mode; the PNG files are the light ones.
+
+    Args:
+        records: Runs over the same tasks with the same score.
+        directory: Folder to write into; made if missing.
+
+    Returns:
+        Path of ``report.html``.
+
+    Raises:
+        ValueError: If the records cannot be compared, see :func:`~lightning_cl.report.table.summarise`.
+        ImportError: If the extra ``report`` is not installed.
+    """
+    require("matplotlib", extra="report")
+    require("jinja2", extra="report")
+    from jinja2 import Environment
+
+    rows = summarise(records)
+    limits = plots.score_limits(records)
+    template = resources.files("lightning_cl.report").joinpath("report.html.j2").read_text(encoding="utf-8")
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    overview, by_method = _figures(records, rows, limits)
+    for image in (*overview, *(image for images in by_method for image in images)):
+        (directory / image.file).write_bytes(image.light)
+    columns = [column for column in COLUMNS if any(row.values[column.key].n for row in rows)]
+    page = (
+        Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+        .from_string(template)
+        .render(
+            monitor=records[0].monitor,
+            tasks=len(records[0].task_names),
+            records=records,
+            rows=rows,
+            columns=columns,
+            best={column.key: best(rows, column) for column in columns if not column.unit},
+            overview=overview,
+            by_method=by_method,
+            facts=_facts,
+            colors=lambda score: cell_colors(score, limits),
+        )
+    )
+    path = directory / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+@dataclass(frozen=True)
+class _Image:
+    """A figure in both themes, with its text for those who do not see it."""
+
+    file: str
+    alt: str
+    light: bytes
+    dark: bytes
+
+    @property
+    def light_uri(self) -> str:
+        return _data_uri(self.light)
+
+    @property
+    def dark_uri(self) -> str:
+        return _data_uri(self.dark)
+
+    @property
+    def width(self) -> int:
+        """Width in CSS pixels: the PNG has two for each."""
+        return int.from_bytes(self.light[16:20], "big") // 2
+
+    @property
+    def height(self) -> int:
+        """Height in CSS pixels."""
+        return int.from_bytes(self.light[20:24], "big") // 2
+
+
+def _figures(
+    records: Sequence[RunRecord], rows: Sequence[MethodRow], limits: tuple[float, float]
+) -> tuple[list[_Image], list[list[_Image]]]:
+    """Draw the figures that compare the methods, and those of each method."""
+    averages = ", ".join(f"{row.method} {row.values['average_accuracy'].text(3)}" for row in rows)
+    overview = [
+        _draw(
+            "average_accuracy.png",
+            f"Average accuracy after each task, a line for each method. At the end: {averages}.",
+            lambda theme: plots.average_figure(records, limits, theme),
+        )
+    ]
+    if any(row.values["forgetting"].n for row in rows):
+        lost = ", ".join(f"{row.method} {row.values['forgetting'].text(3)}" for row in rows)
+        overview.append(
+            _draw(
+                "forgetting.png",
+                f"Forgetting, a bar for each method: {lost}.",
+                lambda theme: plots.forgetting_figure(rows, records[0].monitor, theme),
+            )
+        )
+    by_method = []
+    for position, row in enumerate(rows, start=1):
+        runs = [record for record in records if record.method == row.method]
+        stem = f"{position}_{re.sub(r'[^A-Za-z0-9._-]+', '-', row.method)[:40].strip('.-') or 'method'}"
+        images = [
+            _draw(
+                f"{stem}_matrix.png",
+                f"Accuracy matrix of {row.method} as a heat map. The numbers are in the tables below.",
+                lambda theme, runs=runs: plots.matrix_figure(runs, limits, theme),  # type: ignore[misc]
+            )
+        ]
+        if len(runs[0].matrix) > 1 or runs[0].within.step:
+            images.append(
+                _draw(
+                    f"{stem}_tasks.png",
+                    f"Score of each task over the stream, for {runs[0].title}.",
+                    lambda theme, runs=runs: plots.tasks_figure(runs[0], limits, theme),  # type: ignore[misc]
+                )
+            )
+        by_method.append(images)
+    return overview, by_method
+
+
+def _draw(file: str, alt: str, draw: Callable[[Theme], Figure | None]) -> _Image:
+    light, dark = draw(LIGHT), draw(DARK)
+    assert light is not None
+    assert dark is not None
+    return _Image(file, alt, png(light), png(dark))
+
+
+def _facts(record: RunRecord) -> list[str]:
+    """Return the key numbers of a run for its heading, as the table writes them."""
+    facts = []
+    for column in COLUMNS:
+        statistic = Statistic.of([column.value(record)])
+        if statistic.n and column.key in ("average_accuracy", "forgetting", "train_seconds"):
+            facts.append(f"{column.title.lower()} {statistic.text(column.digits)} {column.unit}".rstrip())
+    return facts
+
+
+def _data_uri(image: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(image).decode('ascii')}"

@@ -1,0 +1,136 @@
+"""The figures: real images, the numbers drawn, and shapes of runs that are out of the ordinary."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from lightning_cl.report import summarise
+from lightning_cl.report.style import DARK, LIGHT, _spread, cell_colors, png
+
+pytest.importorskip("matplotlib", reason="needs the extra `report`")
+
+from lightning_cl.report import plots
+
+
+def texts(figure) -> list[str]:
+    """Return all text inside the axes of a figure."""
+    return [text.get_text() for axes in figure.axes for text in axes.texts]
+
+
+def image_size(image: bytes) -> tuple[int, int]:
+    """Read width and height from the header of a PNG."""
+    assert image.startswith(b"\x89PNG\r\n\x1a\n")
+    return int.from_bytes(image[16:20], "big"), int.from_bytes(image[20:24], "big")
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 5, 20])
+@pytest.mark.parametrize("theme", [LIGHT, DARK], ids=["light", "dark"])
+def test_figures_are_images_of_sane_size(make_record, make_within, tasks, theme):
+    """Every figure renders without a warning for short and long streams, between 200 and 2000 pixels a side."""
+    records = [make_record(method, seed, tasks) for method in ("finetune", "ewc", "joint") for seed in (0, 1)]
+    records[2] = make_record("ewc", 0, tasks, within=make_within(tasks))
+    limits = plots.score_limits(records)
+    figures = [
+        plots.average_figure(records, limits, theme),
+        plots.matrix_figure(records[2:4], limits, theme),
+        plots.matrix_figure(records[4:], limits, theme),
+        plots.tasks_figure(records[0], limits, theme),
+        plots.tasks_figure(records[2], limits, theme),
+    ]
+    if tasks > 1:
+        figures.append(plots.forgetting_figure(summarise(records), "val_acc", theme))
+    else:
+        assert plots.forgetting_figure(summarise(records), "val_acc", theme) is None
+    for figure in figures:
+        assert all(200 < side < 2000 for side in image_size(png(figure)))
+
+
+def test_matrix_shows_the_mean_over_runs(make_record):
+    """0.9 and 0.92 give 0.91, half of it is 0.455; the upper triangle is empty; more than 12 tasks have no numbers."""
+    runs = [make_record(seed=0, tasks=2), make_record(seed=2, tasks=2)]
+    assert sorted(texts(plots.matrix_figure(runs, (0.0, 1.0)))) == ["0.46", "0.91", "0.91"]
+    assert texts(plots.matrix_figure([make_record(tasks=13)], (0.0, 1.0))) == []
+
+
+def test_average_figure_draws_mean_and_band(make_record):
+    """Seeds 0 and 2 of two tasks: 0.91, then 0.91 * 0.75; the band is one sample deviation; joint is level."""
+    records = [make_record(seed=0, tasks=2), make_record(seed=2, tasks=2), make_record("joint", tasks=2)]
+    figure = plots.average_figure(records, (0.0, 1.0))
+    axes = figure.axes[0]
+    method, joint = axes.lines[:2]
+    assert method.get_ydata() == pytest.approx([0.91, 0.6825])
+    assert joint.get_ydata() == pytest.approx([0.9, 0.9])
+    band = axes.collections[0].get_paths()[0].vertices
+    assert band[:, 1].max() == pytest.approx(0.91 + 0.02 / math.sqrt(2))
+    assert sorted(texts(figure)) == ["ewc", "joint"]
+
+
+def test_average_figure_leaves_a_gap_where_a_task_was_not_evaluated(make_record):
+    """The mean is not taken over the tasks that happen to be there."""
+    figure = plots.average_figure([make_record(matrix=[[0.9, None, None], [None, 0.8, None], [0.5] * 3])], (0.0, 1.0))
+    assert figure.axes[0].lines[0].get_ydata() == pytest.approx([0.9, math.nan, 0.5], nan_ok=True)
+
+
+def test_average_figure_counts_the_tasks_seen_of_a_recurring_stream(make_record):
+    """Visits 0, 1, 0: the third row is a mean over two tasks, what stands in the third column does not count."""
+    record = make_record(matrix=[[0.9, 0.1, 0.1], [0.5, 0.7, 0.1], [0.8, 0.4, 0.1]], trained=[0, 1, 0])
+    figure = plots.average_figure([record], (0.0, 1.0))
+    assert figure.axes[0].lines[0].get_ydata() == pytest.approx([0.9, 0.6, 0.6])
+
+
+def test_forgetting_bars_carry_their_numbers(make_record):
+    """Means of 0.45 and 0.455; the joint run has none; where later tasks help, by 0 and 0.09, the value is negative."""
+    records = [make_record(seed=0), make_record(seed=1), make_record("joint"), make_record("gain", keep=1.1)]
+    figure = plots.forgetting_figure(summarise(records), "val_acc")
+    assert texts(figure) == ["0.453 ± 0.004", "-0.045"]
+    widths = [bar.get_width() for bar in figure.axes[0].patches]
+    assert widths == pytest.approx([0.4525, -0.045])
+
+
+def test_tasks_figure_follows_the_evaluations_within_tasks(make_record, make_within):
+    """Task 1 has no score before it was learned: its line starts at step 50 of 10, 20, ..., 80."""
+    figure = plots.tasks_figure(make_record(tasks=2, within=make_within(2)), (0.0, 1.0))
+    lines = [line for line in figure.axes[0].lines if len(line.get_xdata()) >= 4]
+    assert [list(line.get_xdata()) for line in lines] == [[10, 20, 30, 40, 50, 60, 70, 80], [50, 60, 70, 80]]
+    assert texts(figure) == ["digits 0-1", "digits 2-3"]
+
+
+def test_unusual_names_and_scores_render(make_record):
+    """Dollars are no formulas, long and broken names fit; scores may be negative, all equal or missing."""
+    names = ["$x^{$", "a very long name of a task\nin two lines", "_%&"]
+    odd = make_record("$\\frac{$ " * 10, task_names=names, matrix=[[-3.0, None, None], [-4.0, -2.0, None], [None] * 3])
+    equal = make_record(matrix=[[5.0, 5.0, 5.0]])
+    empty = make_record(matrix=[[None] * 3])
+    for record in (odd, equal, empty):
+        limits = plots.score_limits([record])
+        assert limits[0] < limits[1]
+        for figure in (
+            plots.matrix_figure([record], limits),
+            plots.average_figure([record], limits),
+            plots.tasks_figure(record, limits),
+        ):
+            image_size(png(figure))
+    assert plots.score_limits([odd]) == (-4.0, -2.0)
+
+
+def test_figures_leave_pyplot_alone(make_record):
+    """No figure is registered with the global interface of matplotlib."""
+    from matplotlib import _pylab_helpers
+
+    plots.matrix_figure([make_record()], (0.0, 1.0))
+    assert _pylab_helpers.Gcf.get_all_fig_managers() == []
+
+
+def test_cell_text_is_readable():
+    """White on the dark end, dark on the light end; values outside the scale are clipped."""
+    assert cell_colors(0.0, (0.0, 1.0)) == ("#440154", "#ffffff")
+    assert cell_colors(2.0, (0.0, 1.0)) == ("#fde725", "#101010")
+
+
+def test_labels_are_spread_around_their_own_place():
+    """Far labels stay, close ones share their mean, and all stay inside."""
+    assert _spread([0.1, 0.5, 0.9], 0.2, 0.0, 1.0) == pytest.approx([0.1, 0.5, 0.9])
+    assert _spread([0.1, 0.5, 0.5], 0.2, 0.0, 1.0) == pytest.approx([0.1, 0.4, 0.6])
+    assert _spread([0.9, 1.0, 1.0], 0.2, 0.0, 1.0) == pytest.approx([0.6, 0.8, 1.0])

@@ -1,0 +1,93 @@
+"""The comparison table: statistics by hand, order, refusals, the text."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from lightning_cl.report import Statistic, format_table, print_table, summarise
+from lightning_cl.report.table import COLUMNS, best
+
+
+def test_statistic_is_the_sample_standard_deviation():
+    """Of 1, 2, 4: mean 7/3, variance (16 + 1 + 25) / 9 / 2."""
+    statistic = Statistic.of([1.0, None, 2.0, math.nan, 4.0])
+    assert statistic.n == 3
+    assert statistic.mean == pytest.approx(7 / 3)
+    assert statistic.std == pytest.approx(math.sqrt(42 / 18))
+
+
+def test_too_few_values_are_undefined():
+    """One value has no deviation, none has no mean."""
+    assert math.isnan(Statistic.of([1.0]).std)
+    assert math.isnan(Statistic.of([]).mean)
+    assert [Statistic.of(values).text(2) for values in ([], [1.0], [-0.001], [1.0, 2.0])] == [
+        "–",
+        "1.00",
+        "0.00",
+        "1.50 ± 0.71",
+    ]
+
+
+def test_summarise_by_method_in_the_order_first_seen(make_record):
+    """Seeds 0 and 1: 0.9 and 0.91 on the last task, half of it on the two before; forgetting is the other half."""
+    records = [
+        make_record("ewc", 0),
+        make_record("joint", 0),
+        make_record("ewc", 1),
+        make_record("finetune", 0, keep=0),
+    ]
+    rows = summarise(records)
+    assert [(row.method, row.runs, row.bound) for row in rows] == [
+        ("ewc", 2, None),
+        ("joint", 1, "upper bound"),
+        ("finetune", 1, "lower bound"),
+    ]
+    accuracy, forgetting = rows[0].values["average_accuracy"], rows[0].values["forgetting"]
+    assert accuracy.mean == pytest.approx((0.9 * 2 / 3 + 0.91 * 2 / 3) / 2)
+    assert accuracy.std == pytest.approx(0.01 * 2 / 3 / math.sqrt(2))
+    assert forgetting.mean == pytest.approx((0.45 + 0.455) / 2)
+    assert rows[0].values["train_seconds"].mean == pytest.approx(10.5)
+    assert rows[1].values["forgetting"].n == 0
+    assert rows[1].values["average_accuracy"].mean == pytest.approx(0.9)
+
+
+def test_best_leaves_bounds_aside(make_record):
+    """Forgetting is best where it is low; one method alone is not the best of anything."""
+    records = [make_record("joint"), make_record("ewc", keep=0.5), make_record("er", keep=0.8), make_record("finetune")]
+    rows = summarise(records)
+    columns = {column.key: column for column in COLUMNS}
+    assert best(rows, columns["average_accuracy"]) is rows[2]
+    assert best(rows, columns["forgetting"]) is rows[2]
+    assert best(rows[:2], columns["forgetting"]) is None
+
+
+def test_refuses_runs_that_cannot_be_compared(make_record):
+    """Nothing, other tasks, another score, and the same seed twice."""
+    with pytest.raises(ValueError, match="no record"):
+        summarise([])
+    with pytest.raises(ValueError, match="er, seed 0 cannot be compared with ewc, seed 0: `task_names`"):
+        summarise([make_record(), make_record("er", tasks=2)])
+    with pytest.raises(ValueError, match="`monitor` is 'val_f1', not 'val_acc'"):
+        summarise([make_record(), make_record(seed=1, monitor="val_f1")])
+    with pytest.raises(ValueError, match=r"2 runs are named 'ewc', with seeds \[0, 0\]"):
+        summarise([make_record(), make_record()])
+    assert summarise([make_record(seed=None), make_record(seed=None)])[0].runs == 2
+
+
+def test_text_table(make_record, capsys):
+    """Aligned lines with mean and deviation; columns without a value are left out."""
+    records = [make_record("ewc", seed, peak_memory_mib=None) for seed in (0, 1)] + [
+        make_record("joint", peak_memory_mib=None)
+    ]
+    print_table(summarise(records))
+    text = capsys.readouterr().out
+    assert text == format_table(summarise(records)) + "\n"
+    lines = text.splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert lines[3].split("   ")[0].rstrip() == "ewc"
+    assert "0.603 ± 0.005" in lines[3]
+    assert lines[4].startswith("joint (upper bound)")
+    assert "–" in lines[4]
+    assert "memory" not in text

@@ -1,0 +1,19 @@
+"""The examples on the pages of the methods run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+PAGES = sorted((Path(__file__).parents[1] / "docs" / "methods").glob("*.md"))
+PYTHON = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name != "index.md"], ids=lambda page: page.stem)
+def test_example_of_the_page_runs(page):
+    """All ``python`` blocks of a page, one after the other, as a reader would type them."""
+    blocks = PYTHON.findall(page.read_text("utf-8"))
+    assert blocks, "a method's page shows an example"
+    exec(compile("\n".join(blocks), str(page), "exec"), {"__name__": "__main__"})
