@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 # Names that mean something on one machine, or to one provider of packages, only.
 FOREIGN = re.compile(
     r"""(?<![\w.~$}/-])/(?:work|root|opt|mnt|tmp|home|Users)/  # an absolute path of somebody's machine
-    | \b(?:files\.)?python(?:hosted)\.org | \bpypi\.(?:org|python) | download\.pytorch\.org | conda\.anaconda\.org
+    | \bpythonhosted\.org | \bpypi\.(?:org|python) | download\.pytorch\.org | conda\.anaconda\.org
     | --(?:extra-)?index-url | --find-links | PIP_(?:FIND_LINKS|INDEX_URL|EXTRA_INDEX_URL|CERT)
     | \bpyenv\b""",
     re.VERBOSE,

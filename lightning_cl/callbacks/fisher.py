@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 from lightning_cl.core.batches import BatchAdapter
@@ -59,6 +60,8 @@ class FisherEstimator:
         Raises:
             ValueError: If the module gives no loss or no class scores, or has no labels where they are needed.
         """
+        if self.fisher == "batched" and _is_sharded(parameters):
+            raise ValueError("`fisher='batched'` is not for sharded weights: use 'empirical'.")
         if self.fisher == "batched" and not pl_module.automatic_optimization:
             raise ValueError(
                 "`fisher='batched'` runs the module's `training_step`, which under manual optimization would step the"
@@ -75,10 +78,18 @@ class FisherEstimator:
                     self._sums_from_logits(tape, capture.output, part, torch.Generator(), None)
                     run_step(pl_module, part, self.adapter)
                     scores = capture.output.flatten(1).logsumexp(1)
-                reasons = tape.uncovered(scores, batch_size=len(scores))
-                self._by_sample = _on_any_rank(bool(reasons), pl_module)
+                unsure = parameters.keys() - tape.seen if _is_sharded(parameters) else tape.uncovered(
+                    scores, batch_size=len(scores)
+                )
+                self._by_sample = _on_any_rank(bool(unsure), pl_module)
             else:
                 self._by_sample = _on_any_rank(not self._agrees(tape, pl_module, parameters, part), pl_module)
+        if self._by_sample and _is_sharded(parameters):
+            raise ValueError(
+                f"`fisher={self.fisher!r}` on sharded weights needs a loss that is a mean over samples, and layers with a"
+                f" rule for per-sample gradients; {type(pl_module).__name__} has another. Leave its parameters out by"
+                " `include`/`exclude`, or train without sharding."
+            )
         if self._by_sample:
             rank_zero_info(
                 f"The Fisher information of {type(pl_module).__name__} is measured by a loop over samples: its loss is no"
@@ -158,6 +169,12 @@ class FisherEstimator:
         """Return whether squares taken from a batch equal those of the module's losses on its single samples."""
         size = self.adapter.size(part)
         singles = (self.adapter.select(part, [index]) for index in range(size))
+        if _is_sharded(parameters):
+            # single gradients of a shard are out of reach: compare the losses, and see that every layer was called
+            losses = torch.stack([forward_loss(pl_module, one).detach() for one in singles])
+            tape.clear()
+            joint = forward_loss(pl_module, part).detach()
+            return tape.seen == parameters.keys() and bool(torch.isclose(joint, losses.mean(), rtol=_TOLERANCE))
         expected = squared_sums_by_loop((forward_loss(pl_module, one) for one in singles), parameters)
         tape.clear()
         try:
@@ -181,6 +198,10 @@ class FisherEstimator:
 def _on_any_rank(flag: bool, pl_module: LightningModule) -> bool:
     # ranks of a sharded model must run the same forwards
     return bool(sum_over_ranks_(torch.tensor(float(flag), device=pl_module.device)) > 0)
+
+
+def _is_sharded(parameters: Mapping[str, Tensor]) -> bool:
+    return any(isinstance(parameter, DTensor) for parameter in parameters.values())
 
 
 def _norm(tensor: Tensor) -> float:

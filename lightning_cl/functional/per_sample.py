@@ -108,6 +108,11 @@ class LayerTape:
         self._calls.clear()
         self._refused.clear()
 
+    @property
+    def seen(self) -> set[str]:
+        """Names of the parameters whose layers were called in this forward pass and can be served."""
+        return {name for call in self._calls for name in call.names.values()} - self._refused.keys()
+
     def squared_sums(
         self,
         outputs: Tensor,

@@ -347,16 +347,10 @@ class ReplayBuffer:
     def _admit(self, batch: Entries, keys: Int64Array, columns: Columns, rows: Int64Array) -> None:
         """Present distinct samples to the index and do to the storage what follows."""
         self._clock += 1
-        held = self._index.find(batch.ids)
-        if self.policy.renews:
-            self._index.renew(held[held >= 0], keys[held >= 0])
-        new = held < 0
-        if len(self._purged):
-            new &= ~np.isin(batch.ids, self._purged)
-        positions = np.flatnonzero(new)
-        change = self._index.admit(batch.take(positions), keys[positions], self.policy.shares)
-        self.storage.remove(change.freed, change.sources, change.targets)
-        self.storage.write(change.slots, columns, rows[positions[change.entering]])
+        change = self._index.admit(batch, keys, self.policy.shares, renew=self.policy.renews, banned=self._purged)
+        if change is not None:
+            self.storage.remove(change.freed, change.sources, change.targets)
+            self.storage.write(change.slots, columns, rows[change.entering])
 
     def _samples(self, rows: npt.NDArray[np.integer[Any]]) -> Samples:
         index = self._index

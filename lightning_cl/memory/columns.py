@@ -107,11 +107,14 @@ class DenseColumn(Column):
             self._chunks.append(self._allocate(rows * self._row_bytes).reshape(rows, self._row_bytes))
             self._starts = np.append(self._starts, end + rows)
 
-    def _parts(self, slots: Int64Array) -> list[tuple[Bytes, Int64Array, Int64Array]]:
+    def _parts(self, slots: Int64Array) -> list[tuple[Bytes, Int64Array | slice, Int64Array]]:
         """Return chunk, positions in ``slots``, and rows in the chunk, for every chunk that ``slots`` touch."""
         chunk_of = self._starts.searchsorted(slots, side="right") - 1
-        parts = []
-        for chunk in np.bincount(chunk_of).nonzero()[0].tolist():
+        chunks = np.bincount(chunk_of).nonzero()[0].tolist()
+        if len(chunks) == 1:
+            return [(self._chunks[chunks[0]], slice(None), slots - self._starts[chunks[0]])]
+        parts: list[tuple[Bytes, Int64Array | slice, Int64Array]] = []
+        for chunk in chunks:
             where = (chunk_of == chunk).nonzero()[0]
             parts.append((self._chunks[chunk], where, slots[where] - self._starts[chunk]))
         return parts

@@ -136,4 +136,6 @@ class Groups:
             rows = rows[held[rows] < bound]
         self._bounds[place] = bound
         rows = rows[np.argsort(held[rows])]
-        self._heaps[place].extend((key << 32) | row for key, row in zip(held[rows].tolist(), rows.tolist(), strict=True))
+        self._heaps[place].extend(
+            (key << 32) | row for key, row in zip(held[rows].tolist(), rows.tolist(), strict=True)
+        )

@@ -5,6 +5,8 @@ SplitMix64: Steele, Lea and Flood 2014, "Fast splittable pseudorandom number gen
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 import numpy.typing as npt
 
@@ -28,6 +30,11 @@ def splitmix64(values: UInt64Array) -> UInt64Array:
     return mixed ^ (mixed >> np.uint64(31))
 
 
+@lru_cache
+def _state(seed: int) -> np.uint64:
+    return np.uint64(splitmix64(np.array([seed], dtype=np.uint64))[0])
+
+
 def sample_keys(sample_ids: Int64Array, seed: int) -> Int64Array:
     """Return one key per sample, uniform over the 64-bit integers and the same whenever and wherever it is asked for.
 
@@ -40,6 +47,5 @@ def sample_keys(sample_ids: Int64Array, seed: int) -> Int64Array:
     Returns:
         Shape ``[n]``.
     """
-    state = splitmix64(np.array([seed], dtype=np.uint64))
-    mixed = splitmix64(sample_ids.view(np.uint64) * GOLDEN_RATIO + state)
+    mixed = splitmix64(sample_ids.view(np.uint64) * GOLDEN_RATIO + _state(seed))
     return (mixed ^ np.uint64(1 << 63)).view(np.int64)  # the sign bit flipped keeps the order of the unsigned numbers

@@ -124,30 +124,43 @@ class Index:
         """Return the row of each id, -1 where the buffer does not hold it."""
         return self._table.find(self.ids[: self.size], ids)
 
-    def renew(self, rows: Int64Array, keys: Int64Array) -> None:
-        """Give entries new, larger keys."""
-        self.keys[rows] = keys
-        self._groups.push(self._groups.places(self.groups[rows]), keys, rows)
-
     def shares(self, groups: Int64Array, rule: Shares) -> Int64Array:
         """Return how many entries the group of each candidate would keep if all candidates came, shape ``[n]``."""
         places = self._groups.places(groups)
         after = self._groups.counts + self._groups.count(places)
         return self._groups.shares(after, self.capacity, rule)[places]
 
-    def admit(self, candidates: Entries, keys: Int64Array, rule: Shares) -> SlotChange:
-        """Take in what of the candidates belongs in the buffer, and let go what no longer does.
+    def admit(
+        self, batch: Entries, keys: Int64Array, rule: Shares, *, renew: bool, banned: Int64Array
+    ) -> SlotChange | None:
+        """Take in what of the batch belongs in the buffer, and let go what no longer does.
 
         Args:
-            candidates: Samples that the buffer does not hold, ids distinct.
+            batch: Samples with distinct ids, held already or not.
             keys: Their keys, shape ``[n]``.
             rule: Shares of the groups for their counts and the capacity.
+            renew: Whether samples that are held get these keys, which are larger than all before.
+            banned: Ids not to take in, ascending.
+
+        Returns:
+            What to do to the storage, None if that is nothing.
         """
         groups = self._groups
-        places = groups.places(candidates.groups)
+        places = groups.places(batch.groups)
         # A key below one that was turned away must stay out also when a purge has made room: the content of a group is
         # then still all samples above a threshold, so no sample is more likely kept than another.
         positions = (keys > groups.floors[places]).nonzero()[0]
+        rows = self.find(batch.ids[positions])
+        held = rows >= 0
+        if renew and held.any():
+            rows, renewed = rows[held], keys[positions[held]]
+            self.keys[rows] = renewed
+            groups.push(groups.places(self.groups[rows]), renewed, rows)
+        positions = positions[~held]
+        if len(banned):
+            positions = positions[~np.isin(batch.ids[positions], banned)]
+        if not len(positions):
+            return None
         keys, places = keys[positions], places[positions]
         after = groups.counts + groups.count(places)
         leaving = _NONE
@@ -158,7 +171,7 @@ class Index:
             enters, leaving = groups.turn_away(keys, places, after - shares, self.keys, self._members)
             keys, places, positions, after = keys[enters], places[enters], positions[enters], shares
         groups.counts = after
-        return self._replace(leaving, candidates.take(positions), keys, places, positions)
+        return self._replace(leaving, batch.take(positions), keys, places, positions)
 
     def remove(self, rows: Int64Array) -> SlotChange:
         """Let go of entries for good, in O(size)."""

@@ -14,7 +14,15 @@ from lightning_cl.memory.hashing import Int64Array, splitmix64
 __all__ = ["check_state", "digest", "merge_states"]
 
 _SETTINGS = {"capacity": int, "policy": str, "seed": int}
-_COMMON = {"clock": int, "total": int, "digest": int, "world_size": int, "labeled": bool, "floors": dict, "purged": Tensor}
+_COMMON = {
+    "clock": int,
+    "total": int,
+    "digest": int,
+    "world_size": int,
+    "labeled": bool,
+    "floors": dict,
+    "purged": Tensor,
+}
 _PER_SAMPLE = ("sample_ids", "keys", "labels", "tasks")
 _KEYS = {*_SETTINGS, *_COMMON, *_PER_SAMPLE, "columns"}
 

@@ -1,7 +1,7 @@
 """Run records, the comparison table, and the HTML report with its figures (extra ``report``)."""
 
+from lightning_cl.metrics.record import RunRecord, WithinTask, read_records, write_record
 from lightning_cl.report.html import write_report
-from lightning_cl.report.record import RunRecord, WithinTask, read_records, write_record
 from lightning_cl.report.table import MethodRow, Statistic, format_table, print_table, summarise
 
 __all__ = [

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_cl.core.imports import require
+from lightning_cl.metrics.record import RunRecord
 from lightning_cl.report import plots
-from lightning_cl.report.record import RunRecord
 from lightning_cl.report.style import DARK, LIGHT, Theme, cell_colors, png
 from lightning_cl.report.table import COLUMNS, MethodRow, Statistic, best, summarise
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lightning_cl.report.record import RunRecord
+from lightning_cl.metrics.record import RunRecord
 from lightning_cl.report.style import (
     LIGHT,
     WIDTH,

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from lightning_cl.report.record import RunRecord
+from lightning_cl.metrics.record import RunRecord
 
 __all__ = ["COLUMNS", "Column", "MethodRow", "Statistic", "format_table", "print_table", "summarise"]
 

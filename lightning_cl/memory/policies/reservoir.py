@@ -27,3 +27,7 @@ class Reservoir(Policy, name="reservoir"):
     @override
     def keys(self, sample_ids: Int64Array, *, seed: int, clock: int) -> Int64Array:
         return sample_keys(sample_ids, seed)
+
+    @override
+    def shares(self, counts: Int64Array, capacity: int) -> Int64Array:
+        return np.minimum(counts, capacity)  # there is one group
