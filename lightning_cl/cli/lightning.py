@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
-from lightning.pytorch import LightningDataModule, LightningModule
+from jsonargparse._deprecated import JsonargparseDeprecationWarning
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningCLI
+from typing_extensions import override
 
 # imported so that a config can name these classes without their modules
 import lightning_cl.callbacks
@@ -13,21 +19,38 @@ import lightning_cl.datamodules
 import lightning_cl.modules
 from lightning_cl.callbacks import TaskProgressBar
 
-__all__ = ["run"]
+__all__ = ["TaskCLI", "run"]
 
 
-def run(arguments: Sequence[str]) -> LightningCLI:
+class TaskCLI(LightningCLI):
+    """Lightning's CLI with the task in the progress bar, unless the config brings a bar of its own."""
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        settings = self.config_init[self.subcommand].trainer
+        callbacks = settings.callbacks if isinstance(settings.callbacks, list) else [settings.callbacks]
+        callbacks = [callback for callback in callbacks if callback is not None]
+        if settings.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+            kwargs.setdefault("callbacks", [*callbacks, TaskProgressBar()])
+        return super().instantiate_trainer(**kwargs)
+
+
+def run(arguments: Sequence[str]) -> TaskCLI:
     """Run ``fit``, ``validate``, ``test`` or ``predict`` with any module and any datamodule.
 
     The same config works in a LightningCLI script of the user's own that imports ``lightning_cl``.
     """
-    return LightningCLI(
-        LightningModule,
-        LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        save_config_kwargs={"overwrite": True},
-        seed_everything_default=0,
-        trainer_defaults={"max_epochs": -1, "callbacks": [TaskProgressBar()]},
-        args=list(arguments),
-    )
+    # Lightning reads the command line itself, and warns where it is handed another one
+    sys.argv = ["lightning-cl", *arguments]
+    with warnings.catch_warnings():
+        # Lightning 2.6 builds its parser in a way that jsonargparse 4.50 calls old
+        warnings.filterwarnings("ignore", category=JsonargparseDeprecationWarning)
+        return TaskCLI(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            trainer_defaults={"max_epochs": -1},
+        )

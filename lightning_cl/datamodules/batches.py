@@ -169,8 +169,9 @@ def _join(batches: list[Any], order: Tensor) -> Any:
     if any(type(batch) is not type(first) for batch in batches):
         raise _Unlike
     if isinstance(first, Tensor):
-        if any(batch.dtype != first.dtype or batch.shape[1:] != first.shape[1:] for batch in batches):
+        if any(batch.shape[1:] != first.shape[1:] for batch in batches):
             raise _Unlike
+        # torch promotes unlike types alike in `cat` and in the `stack` of default_collate
         return torch.cat(batches)[order]
     if isinstance(first, dict):
         if any(batch.keys() != first.keys() for batch in batches):

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
 from lightning_cl.core.checks import check_positive
@@ -26,6 +26,9 @@ from lightning_cl.datamodules.scenarios import Scenario, TaskPlan
 from lightning_cl.datamodules.splits import Split, read_split
 
 __all__ = ["TaskStreamDataModule"]
+
+# what a config can build, and Hugging Face datasets, which are untyped; jsonargparse builds no parametrised generic
+Data = Dataset | list[Dataset] | tuple[Any, Any]  # type: ignore[type-arg]
 
 
 class TaskStreamDataModule(LightningDataModule):
@@ -72,9 +75,9 @@ class TaskStreamDataModule(LightningDataModule):
 
     def __init__(
         self,
-        train: Any,
-        val: Any = None,
-        test: Any = None,
+        train: Data,
+        val: Data | None = None,
+        test: Data | None = None,
         *,
         scenario: Scenario,
         batch_size: int = 64,

@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from typing_extensions import override
 
@@ -180,16 +181,15 @@ class _Mapped(PerSampleGradient):
             0 if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == len(gradient) else None
             for leaf in self.leaves
         ]
-        parameter = cast(Tensor, getattr(layer, name))
-        super().__init__(len(gradient), parameter.numel() + 2 * gradient[0].numel())
+        self.state = {f"layer.{key}": _whole(value, gradient.dtype) for key, value in layer.named_parameters()}
+        super().__init__(len(gradient), self.state[f"layer.{name}"].numel() + 2 * gradient[0].numel())
 
     @override
     def materialise(self, rows: slice) -> Tensor:
         # without hooks, which would take this for a call of the user's model
         bare = _WithoutHooks(self.layer)
         dtype = self.gradient.dtype
-        state = {f"layer.{name}": _as(tensor.detach(), dtype) for name, tensor in self.layer.named_parameters()}
-        wanted = state.pop(f"layer.{self.name}")
+        key = f"layer.{self.name}"
 
         def one_sample(gradient: Tensor, *leaves: Any) -> Tensor:
             leaves = tuple(
@@ -198,11 +198,10 @@ class _Mapped(PerSampleGradient):
             keywords = dict(zip(self.keywords, leaves[self.positional :], strict=True))
 
             def run(parameter: Tensor) -> Tensor:
-                parameters = {**state, f"layer.{self.name}": parameter}
-                output = torch.func.functional_call(bare, parameters, leaves[: self.positional], keywords)
-                return cast(Tensor, output)
+                state = {**self.state, key: parameter}
+                return cast(Tensor, torch.func.functional_call(bare, state, leaves[: self.positional], keywords))
 
-            pull_back = torch.func.vjp(run, wanted)[1]
+            pull_back = torch.func.vjp(run, self.state[key])[1]
             return cast(Tensor, pull_back(gradient.unsqueeze(0))[0])
 
         leaves = [
@@ -220,6 +219,12 @@ class _WithoutHooks(nn.Module):
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.layer.forward(*args, **kwargs)
+
+
+def _whole(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    # the layers that come here have few weights: of a sharded one all ranks gather them
+    parameter = parameter.detach()
+    return _as(parameter.full_tensor() if isinstance(parameter, DTensor) else parameter, dtype)
 
 
 def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
@@ -78,6 +79,7 @@ class LayerTape:
         self.params: dict[str, Tensor] = {name: params[name] for name in names}
         self._calls: list[_Call] = []
         self._refused: dict[str, str] = {}
+        self._unsharded: dict[str, Tensor] = {}
         self._handles: list[RemovableHandle] = []
         self._recording = False
 
@@ -107,6 +109,7 @@ class LayerTape:
         """Drop the records of a forward pass that is not going to be used."""
         self._calls.clear()
         self._refused.clear()
+        self._unsharded.clear()
 
     @property
     def seen(self) -> set[str]:
@@ -183,7 +186,7 @@ class LayerTape:
         Args:
             losses: One loss for each sample, ``[B]``, of this forward pass. Any function of the outputs will do.
             batch_size: Number of samples in the forward pass.
-            samples: How many of the samples to compare, from the first on.
+            samples: How many of the samples to compare, from the first on; of a sharded model the same on all ranks.
             tolerance: Largest relative error, of the root of the squared gradients, that is taken for rounding.
 
         Raises:
@@ -194,9 +197,14 @@ class LayerTape:
                 f"`losses` must have shape ({batch_size},), one for each sample, got {tuple(losses.shape)}."
             )
         chosen = range(min(samples, batch_size))
-        expected = squared_sums_by_loop((losses[i] for i in chosen), self.params)
+        # of a sharded parameter, the graph holds the tensor that was gathered for the forward pass
+        params = {name: self._unsharded.get(name, param) for name, param in self.params.items()}
+        unseen = [name for name, param in params.items() if isinstance(param, DTensor)]
+        reasons = self._refused | dict.fromkeys(unseen, "it is sharded, and the layer that owns it was not called.")
+        expected = squared_sums_by_loop(
+            (losses[i] for i in chosen), {name: param for name, param in params.items() if name not in unseen}
+        )
         found = accumulators(self.params, None)
-        reasons = dict(self._refused)
         with self._backward(retain_graph=True):
             calls_of = self._calls_by_name()
             for i in chosen:
@@ -227,6 +235,9 @@ class LayerTape:
         def record(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
             if not self._recording or not torch.is_grad_enabled():
                 return None
+            for local, name in names.items():
+                if isinstance(self.params[name], DTensor):
+                    self._unsharded[name] = getattr(layer, local)
             if not isinstance(output, Tensor) or not is_in_reach(layer):
                 reason = f"layer {layer_name!r} returns several tensors or has child modules."
                 self._refused.update(dict.fromkeys(names.values(), reason))

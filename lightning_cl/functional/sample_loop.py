@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 __all__ = ["SampleLoop", "SquaredGradients", "accumulators", "squared_sums_by_loop"]
 
@@ -35,7 +36,15 @@ def squared_sums_by_loop(
         losses: Scalar losses :math:`\ell_i`, best from a generator, so that one graph lives at a time.
         params: The parameters by name.
         into: Accumulators by name, which are added to and returned; new zeros (at least float32) by default.
+
+    Raises:
+        ValueError: If a parameter is sharded: autograd gives such a one no gradient of a single rank's loss.
     """
+    if sharded := [name for name, param in params.items() if isinstance(param, DTensor)]:
+        raise ValueError(
+            f"Gradients of single losses do not reach sharded parameters such as {sharded[0]!r}. Leave out those that a"
+            " LayerTape does not cover, or do not shard the model."
+        )
     totals = accumulators(params, into)
     for loss in losses if params else ():
         gradients = torch.autograd.grad(loss, list(params.values()), retain_graph=True, allow_unused=True)
@@ -86,12 +95,10 @@ class SampleLoop:
 
 
 def accumulators(params: Mapping[str, Tensor], into: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    """Return the tensors of ``into`` for ``params``, or new zeros of at least float32."""
+    """Return the tensors of ``into`` for ``params``, or new zeros of the whole shape and of at least float32."""
     if into is not None:
         return {name: into[name] for name in params}
     return {
-        name: torch.zeros_like(
-            param, dtype=torch.promote_types(param.dtype, torch.float32), memory_format=torch.contiguous_format
-        ).detach()
+        name: torch.zeros(param.shape, dtype=torch.promote_types(param.dtype, torch.float32), device=param.device)
         for name, param in params.items()
     }

@@ -313,7 +313,7 @@ class ReplayBuffer:
     def _batch(
         self, columns: Columns, sample_ids: Tensor, labels: Tensor | None, task: int, owners: Tensor | None
     ) -> tuple[Entries, Int64Array, Int64Array]:
-        """Check a global batch, and return its distinct samples ascending in id, their rows, and rows in ``columns``."""
+        """Check a global batch; return its distinct samples ascending in id, their rows, and rows in ``columns``."""
         count = len(sample_ids)
         ids = _int64("sample_ids", sample_ids, count)
         if count and ids.min() < 0:
@@ -322,8 +322,8 @@ class ReplayBuffer:
             raise ValueError(f"`task` must be from 0 to 2**31 - 1, got {task!r}.")
         if labels is None and self.policy.needs_labels:
             raise ValueError(
-                f"`labels` is None, but `policy={self.policy.name!r}` needs the label of every sample: pass `labels`, or "
-                "use policy 'reservoir' or 'ring'."
+                f"`labels` is None, but `policy={self.policy.name!r}` needs the label of every sample: "
+                "pass `labels`, or use policy 'reservoir' or 'ring'."
             )
         if count and self._labeled not in (None, labels is not None):
             raise ValueError(f"`labels` must be {'given' if self._labeled else 'None'} as in the insertions before.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,7 @@ class RowShape:
         varying = {d for d in (*differing, self.varying) if d is not None}
         if dtype != self.dtype or len(shape) != len(self.shape) or len(varying) > 1:
             raise ValueError(
-                f"`columns[{self.name!r}]` holds rows of shape {self} and {self.dtype}, got a row of shape {list(shape)} "
+                f"`columns[{self.name!r}]` holds rows of shape {self} and {self.dtype}, got shape {list(shape)} "
                 f"and {dtype}. Rows may differ in the size of one dimension only: give other data another name."
             )
         if varying == {self.varying} or not varying:
@@ -97,7 +98,7 @@ class DenseColumn(Column):
         self._starts: Int64Array = np.zeros(1, dtype=np.int64)  # first slot of each chunk, and the end of the last
 
     def _as_tensor(self, rows: Bytes) -> Tensor:
-        return torch.from_numpy(rows.reshape(-1)).view(self.row.dtype).view(len(rows), *self.row.shape)
+        return _typed(rows.reshape(-1), self.row.dtype).view(len(rows), *self.row.shape)
 
     def _reserve(self, slots: int) -> None:
         while slots > (end := int(self._starts[-1])):
@@ -162,7 +163,7 @@ class RaggedColumn(Column):
 
     @property
     def _values(self) -> Tensor:
-        return torch.from_numpy(self._raw).view(self.row.dtype)
+        return _typed(self._raw, self.row.dtype)
 
     def write(self, slots: Int64Array, rows: Tensor | list[Any]) -> None:
         """See :meth:`Column.write`."""
@@ -198,7 +199,7 @@ class RaggedColumn(Column):
         self._close_gaps()
         return [
             {
-                "values": torch.from_numpy(self._raw[: self._used * self.row.dtype.itemsize]).view(self.row.dtype),
+                "values": _typed(self._raw[: self._used * self.row.dtype.itemsize], self.row.dtype),
                 "starts": torch.from_numpy(self._starts[:size]),
                 "lengths": torch.from_numpy(self._lengths[:size]),
                 "shape": list(self.row.shape),
@@ -233,7 +234,7 @@ class RaggedColumn(Column):
         first = np.flatnonzero(np.append(True, starts[1:] != (starts + lengths)[:-1])[: len(rows)])
         targets = np.cumsum(lengths) - lengths
         item = self.row.dtype.itemsize
-        for run, stop in zip(first.tolist(), [*first[1:].tolist(), len(rows)], strict=True):
+        for run, stop in pairwise([*first.tolist(), len(rows)]):
             begin, length = starts[run] * item, int(lengths[run:stop].sum()) * item
             self._raw[targets[run] * item : targets[run] * item + length] = self._raw[begin : begin + length]
         self._raw[self._live * item : self._used * item] = 0
@@ -266,6 +267,11 @@ class ListColumn(Column):
     def pieces(self, size: int) -> list[list[Any]]:
         """See :meth:`Column.pieces`."""
         return [self._items[:size]]
+
+
+def _typed(raw: Bytes, dtype: torch.dtype) -> Tensor:
+    # torch does not view an empty array of bytes as another type
+    return torch.from_numpy(raw).view(dtype) if len(raw) else torch.empty(0, dtype=dtype)
 
 
 def piece_rows(piece: Any) -> int:

@@ -24,15 +24,16 @@ def splitmix64(values: UInt64Array) -> UInt64Array:
     >>> hex(splitmix64(np.array([0], dtype=np.uint64))[0])
     '0xe220a8397b1dcdaf'
     """
-    mixed = values + GOLDEN_RATIO
+    mixed: UInt64Array = values + GOLDEN_RATIO
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return mixed ^ (mixed >> np.uint64(31))
+    mixed ^= mixed >> np.uint64(31)
+    return mixed
 
 
 @lru_cache
-def _state(seed: int) -> np.uint64:
-    return np.uint64(splitmix64(np.array([seed], dtype=np.uint64))[0])
+def _state(seed: int) -> UInt64Array:
+    return splitmix64(np.array([seed], dtype=np.uint64))
 
 
 def sample_keys(sample_ids: Int64Array, seed: int) -> Int64Array:
@@ -48,4 +49,6 @@ def sample_keys(sample_ids: Int64Array, seed: int) -> Int64Array:
         Shape ``[n]``.
     """
     mixed = splitmix64(sample_ids.view(np.uint64) * GOLDEN_RATIO + _state(seed))
-    return (mixed ^ np.uint64(1 << 63)).view(np.int64)  # the sign bit flipped keeps the order of the unsigned numbers
+    mixed ^= np.uint64(1 << 63)  # the sign bit flipped keeps the order of the unsigned numbers
+    keys: Int64Array = mixed.view(np.int64)
+    return keys

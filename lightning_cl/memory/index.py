@@ -107,8 +107,10 @@ class Index:
         self.slots[mine] = np.arange(len(mine))
         self._table.rebuild(self.ids[: self.size])
         groups = self._groups
-        groups.floors[groups.places(np.array(list(floors), dtype=np.int64))] = list(floors.values())
-        groups.counts += groups.count(groups.places(entries.groups))
+        places = groups.places(np.array(list(floors), dtype=np.int64))  # makes room for them
+        groups.floors[places] = list(floors.values())
+        places = groups.places(entries.groups)
+        groups.counts += groups.count(places)
 
     def entries(self, rows: npt.NDArray[np.integer] | slice) -> Entries:
         """Return the metadata in these rows."""
@@ -241,4 +243,5 @@ class Index:
     def _members(self, place: int) -> Int64Array:
         if self._groups.counts[place] == self.size:
             return np.arange(self.size)
-        return (self.groups[: self.size] == self._groups.values[place]).nonzero()[0]
+        rows: Int64Array = (self.groups[: self.size] == self._groups.values[place]).nonzero()[0]
+        return rows

@@ -56,7 +56,8 @@ class IdTable:
             self._place(ids, rows)
 
     def _home(self, ids: Int64Array) -> Int64Array:
-        return ((ids.view(np.uint64) * GOLDEN_RATIO) >> self._shift).view(np.int64)
+        homes: Int64Array = ((ids.view(np.uint64) * GOLDEN_RATIO) >> self._shift).view(np.int64)
+        return homes
 
     def _place(self, ids: Int64Array, rows: Int64Array) -> None:
         self._used += len(rows)

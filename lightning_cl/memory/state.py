@@ -13,16 +13,8 @@ from lightning_cl.memory.hashing import Int64Array, splitmix64
 
 __all__ = ["check_state", "digest", "merge_states"]
 
-_SETTINGS = {"capacity": int, "policy": str, "seed": int}
-_COMMON = {
-    "clock": int,
-    "total": int,
-    "digest": int,
-    "world_size": int,
-    "labeled": bool,
-    "floors": dict,
-    "purged": Tensor,
-}
+_SETTINGS = ("capacity", "policy", "seed")
+_COMMON = ("clock", "total", "digest", "world_size", "labeled", "floors", "purged")
 _PER_SAMPLE = ("sample_ids", "keys", "labels", "tasks")
 _KEYS = {*_SETTINGS, *_COMMON, *_PER_SAMPLE, "columns"}
 
@@ -77,8 +69,8 @@ def check_state(state: Mapping[str, Any], **settings: object) -> None:
         raise ValueError(f"The state of the replay buffer is inconsistent: it has {lengths} entries.")
     if len(ids) != state["total"] or len(ids.unique()) != len(ids) or digest(ids.numpy()) != state["digest"]:
         raise ValueError(
-            f"The state of the replay buffer is inconsistent: its {len(ids)} samples ({len(ids.unique())} distinct) are "
-            f"not the {state['total']} that the buffer held."
+            f"The state of the replay buffer is inconsistent: its {len(ids)} samples ({len(ids.unique())} distinct) "
+            f"are not the {state['total']} that the buffer held."
         )
 
 

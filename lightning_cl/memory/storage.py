@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -15,7 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_cl.memory.columns import (
-    Bytes,
+    Allocate,
     Column,
     DenseColumn,
     ListColumn,
@@ -25,10 +23,7 @@ from lightning_cl.memory.columns import (
     read_piece,
 )
 from lightning_cl.memory.hashing import Int64Array
-
-if sys.platform != "win32":
-    import fcntl
-    import os
+from lightning_cl.memory.scratch import ScratchFolder
 
 __all__ = ["Columns", "Fetch", "IndexStorage", "MemoryStorage", "MmapStorage", "Storage"]
 
@@ -119,17 +114,20 @@ class ArrayStorage(Storage):
 
     def __init__(self) -> None:
         self._capacity = 0
+        self._rank = 0
         self._size = 0
+        self._allocate: Allocate | None = None
         self._columns: dict[str, Column] = {}
 
     @abstractmethod
-    def _allocate(self, count: int) -> Bytes:
-        """Return ``count`` bytes of zeros."""
+    def _allocator(self) -> Allocate:
+        """Return what makes the arrays of the columns; asked for once, when the first row is stored."""
 
     @override
     def attach(self, *, capacity: int, rank: int) -> None:
         super().attach(capacity=capacity, rank=rank)
         self._capacity = capacity
+        self._rank = rank
 
     @override
     def check(self, columns: Columns, count: int) -> None:
@@ -215,6 +213,7 @@ class ArrayStorage(Storage):
     def _store(self, name: str, size: int, slots: Int64Array, value: Tensor | list[Any]) -> None:
         row = self._describe(name, value)
         column = self._columns.get(name)
+        self._allocate = self._allocate or self._allocator()
         if row is None:
             column = column or ListColumn()
         elif isinstance(value, Tensor) and row.varying is None and not isinstance(column, RaggedColumn):
@@ -222,33 +221,25 @@ class ArrayStorage(Storage):
         else:
             value = [part.detach().cpu() for part in value]
             if not isinstance(column, RaggedColumn):
-                column = self._as_ragged(row, column, size)
+                column = _as_ragged(RaggedColumn(row, self._allocate), column, size)
             column.row = row
         self._columns[name] = column
         column.write(slots, value)
-
-    def _as_ragged(self, row: RowShape, column: Column | None, size: int) -> RaggedColumn:
-        ragged = RaggedColumn(row, self._allocate)
-        if column is not None:
-            for start in range(0, size, _BLOCK):
-                slots = np.arange(start, min(start + _BLOCK, size))
-                ragged.write(slots, column.read(slots))
-        return ragged
 
 
 class MemoryStorage(ArrayStorage, name="memory"):
     """The payload in memory, in its own dtype, growing with what the rank really holds."""
 
     @override
-    def _allocate(self, count: int) -> Bytes:
-        return np.zeros(count, dtype=np.uint8)
+    def _allocator(self) -> Allocate:
+        return lambda count: np.zeros(count, dtype=np.uint8)
 
 
 class MmapStorage(ArrayStorage, name="mmap"):
     """The payload on disk, in memory-mapped files. Lists of Python values stay in memory.
 
     The files are scratch: a checkpoint does not need them. They go when the buffer goes, or when the next run with the
-    same directory and rank starts.
+    same directory and rank begins to store.
 
     Args:
         directory: Where to put them; made if absent. Ranks may share it, buffers may not. A local disk is best.
@@ -257,40 +248,11 @@ class MmapStorage(ArrayStorage, name="mmap"):
     def __init__(self, directory: str | Path) -> None:
         super().__init__()
         self.directory = Path(directory)
-        self._lock: IO[str] | None = None
-        self._files = 0
 
     @override
-    def attach(self, *, capacity: int, rank: int) -> None:
-        super().attach(capacity=capacity, rank=rank)
-        self._folder = self.directory / f"rank{rank}"
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self._folder / "lock", "w")  # noqa: SIM115  # held open as long as the storage lives
-        if sys.platform != "win32":
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(
-                    f"`directory={str(self.directory)!r}` serves another buffer: give every buffer its own."
-                ) from None
-            except OSError:  # a file system without locks: nothing is lost but this check
-                pass
-        for old in self._folder.glob("*.bin"):
-            old.unlink()
-
-    @override
-    def _allocate(self, count: int) -> Bytes:
-        if not count:
-            return np.zeros(0, dtype=np.uint8)  # a file cannot be mapped without bytes
-        path = self._folder / f"{self._files:06d}.bin"
-        self._files += 1
-        with open(path, "w+b") as file:
-            file.truncate(count)
-            if sys.platform == "linux":
-                os.posix_fallocate(file.fileno(), 0, count)  # a full disk is an error here, later it kills the process
-        mapped = np.memmap(path, dtype=np.uint8, mode="r+", shape=(count,))
-        weakref.finalize(mapped, path.unlink, missing_ok=True)
-        return mapped
+    def _allocator(self) -> Allocate:
+        # Only now, because a buffer that was made and never filled must not stand in another's way.
+        return ScratchFolder(self.directory, self._rank).allocate
 
 
 class IndexStorage(Storage, name="index"):
@@ -343,3 +305,12 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, dict):
         return all(_is_plain(key) and _is_plain(item) for key, item in value.items())
     return type(value) in _PLAIN or (isinstance(value, list | tuple) and all(map(_is_plain, value)))
+
+
+def _as_ragged(ragged: RaggedColumn, column: Column | None, size: int) -> RaggedColumn:
+    """Copy the first ``size`` rows of a column, if there is one, into an empty one."""
+    if column is not None:
+        for start in range(0, size, _BLOCK):
+            slots = np.arange(start, min(start + _BLOCK, size))
+            ragged.write(slots, column.read(slots))
+    return ragged

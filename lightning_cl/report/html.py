@@ -28,7 +28,7 @@ def write_report(records: Sequence[RunRecord], directory: str | Path) -> Path:
     The page holds its figures twice, for light and for dark mode; the PNG files are the light ones.
 
     Args:
-        records: Runs over the same tasks with the same score.
+        records: Runs over as many tasks with the same score.
         directory: Folder to write into; made if missing.
 
     Returns:
@@ -132,7 +132,7 @@ def _figures(
                 lambda theme, runs=runs: plots.matrix_figure(runs, limits, theme),  # type: ignore[misc]
             )
         ]
-        if len(runs[0].matrix) > 1 or runs[0].within.step:
+        if len(runs[0].matrix) > 1 or len(runs[0].within.step) > 1:
             images.append(
                 _draw(
                     f"{stem}_tasks.png",

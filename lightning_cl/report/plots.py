@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -51,11 +52,14 @@ def matrix_figure(runs: Sequence[RunRecord], limits: tuple[float, float], theme:
     """Draw the accuracy matrix of one method as a heat map, the mean over its runs.
 
     Args:
-        runs: Runs of one method; a run that lacks an entry is left out of its mean.
+        runs: Runs of one method; a run that lacks an entry is left out of its mean. Where the runs name their tasks
+            differently, tasks go by their position.
         limits: Scores at the ends of the colour scale.
         theme: Colours.
     """
     longest = max(runs, key=lambda run: len(run.matrix))
+    if any(run.task_names != longest.task_names for run in runs):  # the seed drew the order of the classes
+        longest = replace(longest, task_names=[f"task {i + 1}" for i in range(len(longest.task_names))])
     rows, tasks = len(longest.matrix), len(longest.task_names)
     scores = _mean_and_std(torch.stack([_padded(run.R, rows) for run in runs]))[0]
     flat, many = rows / tasks < 0.4, tasks > MANY

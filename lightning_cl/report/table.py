@@ -106,24 +106,24 @@ def summarise(records: Sequence[RunRecord]) -> list[MethodRow]:
     """Average the runs of each method.
 
     Args:
-        records: Runs over the same tasks with the same score.
+        records: Runs over as many tasks with the same score. The tasks may differ, as with an order drawn by the seed.
 
     Returns:
         One row for each method, in the order first seen.
 
     Raises:
-        ValueError: If there is no record, if runs differ in their tasks or their score, or if two runs of a method have
-            the same seed.
+        ValueError: If there is no record, if runs differ in their number of tasks or their score, or if two runs of a
+            method have the same seed.
     """
     if not records:
         raise ValueError("no record to summarise.")
+    first = records[0]
     for record in records:
-        for name in ("monitor", "task_names"):
-            here, there = getattr(record, name), getattr(records[0], name)
-            if here != there:
-                raise ValueError(
-                    f"{record.title} cannot be compared with {records[0].title}: `{name}` is {here!r}, not {there!r}."
-                )
+        if (record.monitor, len(record.task_names)) != (first.monitor, len(first.task_names)):
+            raise ValueError(
+                f"{record.title} ({len(record.task_names)} tasks, {record.monitor!r}) cannot be compared with "
+                f"{first.title} ({len(first.task_names)} tasks, {first.monitor!r})."
+            )
     rows = []
     for method in dict.fromkeys(record.method for record in records):
         runs = [record for record in records if record.method == method]

@@ -235,6 +235,11 @@ def test_blurry_counts():
     assert (blurry.sum(axis=1) == 500).all()  # 450 + an equal portion of the pool of 250
     assert 440 < blurry.max(axis=0).mean() - 10 < 460
     assert ((blurry > 0).sum(axis=0) == 5).all()
+    # who leaves is random: not the samples that the dataset happens to list first
+    label = int(np.flatnonzero(~disjoint)[0])
+    home = plans[int(table[:, label].argmax())].indices
+    away = np.setdiff1d(np.flatnonzero(labels == label), home) % 500
+    assert 150 < away.mean() < 350
 
 
 @pytest.mark.parametrize(("share", "level"), [(1.0, 0.5), (0.5, 0.0)])

@@ -6,7 +6,9 @@ import re
 
 import pytest
 import torch
+from ranks import Ranks
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
 from lightning_cl.functional import LayerTape, SampleLoop, layer_gradients, squared_sums_by_loop
@@ -467,3 +469,63 @@ def test_mistakes_are_named():
     with LayerTape(table, ["weight"]) as tape:
         losses = _losses(table, _tokens(6))
         assert "scale_grad_by_freq" in tape.uncovered(losses, batch_size=BATCH)["weight"]
+
+
+class RootMeanSquare(nn.Module):
+    """A norm that has no rule here, like those of many language models."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(8))
+
+    def forward(self, x):
+        return self.weight * x * x.square().mean(-1, keepdim=True).rsqrt()
+
+
+class ToBeSharded(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Embedding(7, 8), RootMeanSquare(), nn.Linear(8, 8), nn.ReLU(True))
+        self.head, self.called_by_function = nn.Linear(8, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        hidden = self.head(self.body(x))
+        return F.linear(hidden, self.called_by_function.weight)
+
+
+def _sharded_sums():
+    rank = torch.distributed.get_rank()
+    torch.manual_seed(0)
+    model = ToBeSharded()
+    inputs = torch.randint(0, 7, (6, 5))
+    served = [name for name, _ in model.named_parameters() if "function" not in name]
+    with LayerTape(model, served) as tape:
+        expected = tape.squared_sums(_losses(model, inputs), batch_size=6)
+
+    for block in (model.body[2], model.body, model):
+        fully_shard(block)
+    params = dict(model.named_parameters())
+    inputs = inputs[3 * rank : 3 * rank + 3]
+    with LayerTape(model, params) as tape:
+        reasons = tape.uncovered(_losses(model, inputs), batch_size=3)
+    with LayerTape(model, served) as tape:
+        losses = _losses(model, inputs)
+        assert tape.uncovered(losses, batch_size=3) == {}
+        actual = tape.squared_sums(losses, batch_size=3)
+    for value in actual.values():
+        torch.distributed.all_reduce(value)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=r"sharded parameters such as 'body\.0\.weight'"):
+        squared_sums_by_loop([], params)
+    return reasons
+
+
+@pytest.mark.distributed
+def test_sharded_model():
+    """Under fully_shard, ranks add up to the joined batch; what autograd cannot reach is named, never zero."""
+    group = Ranks(2)
+    reasons = group.run(_sharded_sums)
+    group.close()
+    assert reasons[0] == reasons[1]
+    assert "was not called" in reasons[0]["called_by_function.weight"]
+    assert {name for name in reasons[0] if "function" not in name} == set()

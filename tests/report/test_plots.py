@@ -54,6 +54,14 @@ def test_matrix_shows_the_mean_over_runs(make_record):
     assert texts(plots.matrix_figure([make_record(tasks=13)], (0.0, 1.0))) == []
 
 
+def test_matrix_goes_by_position_where_the_seeds_drew_other_tasks(make_record):
+    """A name on the axis would be that of one run only."""
+    runs = [make_record(tasks=2), make_record(seed=1, tasks=2, task_names=["digits 5-7", "digits 0-1"])]
+    axes = plots.matrix_figure(runs, (0.0, 1.0)).axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["task 1", "task 2"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["task 1", "task 2"]
+
+
 def test_average_figure_draws_mean_and_band(make_record):
     """Seeds 0 and 2 of two tasks: 0.91, then 0.91 * 0.75; the band is one sample deviation; joint is level."""
     records = [make_record(seed=0, tasks=2), make_record(seed=2, tasks=2), make_record("joint", tasks=2)]

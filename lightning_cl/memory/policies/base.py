@@ -14,7 +14,7 @@ __all__ = ["Policy", "TaskEndPolicy", "equal_shares"]
 
 
 def equal_shares(counts: Int64Array, capacity: int) -> Int64Array:
-    """Share ``capacity`` as equally as the groups allow: :math:`n_g = \\min(c_g, L)`, the remainder to the last groups.
+    r"""Share the capacity equally: :math:`n_g = \min(c_g, L)`, the remainder to the last groups.
 
     A group smaller than its share leaves the rest to the others. Groups that are cut differ by one at most. The result
     depends on the counts only, and cutting now and again later gives what cutting once later would have given.
@@ -30,12 +30,12 @@ def equal_shares(counts: Int64Array, capacity: int) -> Int64Array:
     [3, 1, 4, 4]
     """
     if counts.sum() <= capacity:
-        return counts.copy()
+        return np.array(counts)
     ordered = np.sort(counts)
     before = np.cumsum(ordered) - ordered
     levels = (capacity - before) // np.arange(len(counts), 0, -1)
     level = levels[np.argmax(ordered > levels)]  # of the smallest group that gets less than it could fill
-    shares = np.minimum(counts, level)
+    shares: Int64Array = np.minimum(counts, level)
     wanting = np.flatnonzero(counts > level)
     shares[wanting[len(wanting) - (capacity - int(shares.sum())) :]] += 1
     return shares
@@ -53,16 +53,16 @@ class Policy(ABC):
     Attributes:
         name: What users write for it; the name of the class if it was not given one.
         needs_labels: Whether :meth:`groups` reads the labels.
+        needs_boundaries: Whether it must be known to which task a sample belongs, or when a task ends.
         renews: Whether a sample that is presented again gets the key of its latest presentation.
-        needs_boundaries: Whether the choice depends on where a task ends.
         selects_at_task_end: Whether samples come by ``ReplayBuffer.offer`` and not by ``insert``.
     """
 
     registry: ClassVar[dict[str, type[Policy]]] = {}
     name: ClassVar[str]
     needs_labels: ClassVar[bool] = False
-    renews: ClassVar[bool] = False
     needs_boundaries: ClassVar[bool] = False
+    renews: ClassVar[bool] = False
     selects_at_task_end: ClassVar[bool] = False
 
     def __init_subclass__(cls, *, name: str | None = None, **kwargs: object) -> None:

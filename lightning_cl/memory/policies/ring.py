@@ -25,8 +25,8 @@ class Ring(Policy, name="ring"):
     sample id counts as more recent, so that the content does not depend on how ranks are ordered in the batch.
     """
 
-    renews: ClassVar[bool] = True
     needs_boundaries: ClassVar[bool] = True
+    renews: ClassVar[bool] = True
 
     @override
     def groups(self, labels: Int64Array, tasks: Int64Array) -> Int64Array:

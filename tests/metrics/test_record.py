@@ -9,12 +9,32 @@ import os
 
 import pytest
 
-from lightning_cl.report import RunRecord, WithinTask, read_records, write_record
+from lightning_cl.metrics.record import RunRecord, WithinTask, read_records, write_record
+
+WITHIN = WithinTask(step=[10, 20], task=[0, 1], scores=[[0.5, math.nan, math.nan], [0.25, 0.75, math.nan]])
 
 
-def test_round_trip(tmp_path, make_record, make_within):
+def make_record(method: str = "ewc", seed: int = 0, **changes) -> RunRecord:
+    """Build a record of three tasks with all fields set."""
+    arguments = {
+        "method": method,
+        "seed": seed,
+        "monitor": "val_acc",
+        "task_names": ["digits 0-1", "digits 2-3", "digits 4-5"],
+        "matrix": [[0.9, math.nan, math.nan], [0.5, 0.9, math.nan], [0.4, 0.5, 0.9]],
+        "summary": {"forgetting": 0.45},
+        "config": "model:\n  lr: 0.1\n",
+        "train_seconds": 10.0,
+        "peak_memory_mib": 400.0,
+        "versions": {"torch": "2.13.0"},
+        "created": "2026-01-15T10:12:03+00:00",
+    }
+    return RunRecord(**{**arguments, **changes})
+
+
+def test_round_trip(tmp_path):
     """What is read equals what was written, all fields set and all optional fields left out."""
-    full = make_record(within=make_within(3))
+    full = make_record(within=WITHIN)
     least = RunRecord(method="er", monitor="val_f1", task_names=["a"], matrix=[[0.25]])
     write_record(tmp_path / "deep" / "full", full)
     write_record(tmp_path / "least", least)
@@ -22,31 +42,31 @@ def test_round_trip(tmp_path, make_record, make_within):
     assert full.R[0].isnan().tolist() == [False, True, True]
 
 
-def test_joint_record_round_trip(tmp_path, make_record):
+def test_joint_record_round_trip(tmp_path):
     """The one row of a joint run keeps what it trained."""
-    write_record(tmp_path, make_record("joint"))
+    write_record(tmp_path, make_record("joint", matrix=[[0.9, 0.8, 0.7]], trained=[[0, 1, 2]]))
     (record,) = read_records([tmp_path])
     assert record.trained == [[0, 1, 2]]
     assert record.row_name(0) == "all tasks"
 
 
-def test_files_are_plain(tmp_path, make_record):
+def test_files_are_plain(tmp_path):
     """Strict JSON with null for what was not evaluated; a CSV with a row for each task learned; nothing else."""
     matrix = [[0.5, math.nan], [math.inf, 1 / 3]]
-    write_record(tmp_path, make_record(tasks=2, matrix=matrix, summary={"forgetting": math.nan}))
+    write_record(tmp_path, make_record(task_names=["a", "b"], matrix=matrix, summary={"forgetting": math.nan}))
     content = json.loads((tmp_path / "record.json").read_text(), parse_constant=pytest.fail)
     assert content["version"] == 1
     assert content["matrix"] == [[0.5, None], [None, 1 / 3]]
     assert content["summary"] == {"forgetting": None}
     with (tmp_path / "matrix.csv").open(newline="") as file:
         rows = list(csv.reader(file))
-    assert rows[0] == ["trained", "digits 0-1", "digits 2-3"]
-    assert rows[1] == ["digits 0-1", "0.5", ""]
-    assert rows[2] == ["digits 2-3", "", repr(1 / 3)]
+    assert rows[0] == ["trained", "a", "b"]
+    assert rows[1] == ["a", "0.5", ""]
+    assert rows[2] == ["b", "", repr(1 / 3)]
     assert sorted(os.listdir(tmp_path)) == ["matrix.csv", "record.json"]
 
 
-def test_failed_write_leaves_the_old_record(tmp_path, make_record, monkeypatch):
+def test_failed_write_leaves_the_old_record(tmp_path, monkeypatch):
     """A crash before the rename changes nothing and leaves no temporary file."""
     write_record(tmp_path, make_record())
     before = (tmp_path / "record.json").read_bytes()
@@ -61,7 +81,7 @@ def test_failed_write_leaves_the_old_record(tmp_path, make_record, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["matrix.csv", "record.json"]
 
 
-def test_reading_does_not_change_the_file(tmp_path, make_record):
+def test_reading_does_not_change_the_file(tmp_path):
     """Bytes and modification time stay."""
     path = write_record(tmp_path, make_record())
     os.utime(path, ns=(1_000, 1_000))
@@ -71,7 +91,7 @@ def test_reading_does_not_change_the_file(tmp_path, make_record):
     assert path.stat().st_mtime_ns == 1_000
 
 
-def test_folders_are_searched_and_records_read_once(tmp_path, make_record):
+def test_folders_are_searched_and_records_read_once(tmp_path):
     """A folder of runs gives them by name; naming a run twice does not count it twice."""
     for seed in (1, 0):
         write_record(tmp_path / "runs" / f"seed_{seed}", make_record(seed=seed))
@@ -80,7 +100,7 @@ def test_folders_are_searched_and_records_read_once(tmp_path, make_record):
     assert [record.seed for record in read_records(twice)] == [1, 0]
 
 
-def test_recurring_rows_are_named_by_what_they_trained(make_record):
+def test_recurring_rows_are_named_by_what_they_trained():
     """Visits 0, 1, 0, a row over two of three tasks, and a row that learned nothing."""
     record = make_record(matrix=[[0.5] * 3] * 5, trained=[0, 1, 0, [1, 2], []])
     names = [record.row_name(row) for row in range(5)]
@@ -109,7 +129,7 @@ def test_recurring_rows_are_named_by_what_they_trained(make_record):
         ({"surprise": 1}, "unexpected keyword argument 'surprise'"),
     ],
 )
-def test_wrong_record_is_refused_in_one_line(tmp_path, make_record, change, message):
+def test_wrong_record_is_refused_in_one_line(tmp_path, change, message):
     """The message names the file and what is wrong with it."""
     path = write_record(tmp_path, make_record())
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))

@@ -1,0 +1,238 @@
+"""What every method owes, one row for each method: a method without a row fails here."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reference
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
+from ranks import Ranks
+from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from toys import ToyModule, fit_stream, toy_loaders, toy_stream, trainer, weights
+
+from lightning_cl import EWC, ContinualCallback, ExperienceReplay
+from lightning_cl.cli.main import main
+from lightning_cl.cli.methods import method_classes
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method, and the plain loop that ends where it must end.
+
+    Args:
+        method: The callback's class.
+        settings: Its arguments.
+        plain_loop: Called with ``batch_size`` and ``world_size``; returns the final weights.
+        tolerance: Largest difference of a weight; 0 for the same bits.
+    """
+
+    method: type[ContinualCallback]
+    settings: dict[str, Any]
+    plain_loop: Callable[..., Tensor]
+    tolerance: float = 1e-6
+
+    def make(self) -> ContinualCallback:
+        return self.method(**self.settings)
+
+
+ROWS = {
+    "ewc": Row(EWC, {"strength": 20.0}, functools.partial(reference.ewc, 20.0)),
+    "ewc-separate": Row(
+        EWC, {"strength": 20.0, "mode": "separate"}, functools.partial(reference.ewc, 20.0, separate=True)
+    ),
+    "er": Row(ExperienceReplay, {"capacity": 12}, functools.partial(reference.replay, 12), tolerance=0.0),
+    "er-separate": Row(
+        ExperienceReplay,
+        {"capacity": 12, "mode": "separate", "weight": 0.5},
+        functools.partial(reference.replay, 12, separate=0.5),
+        tolerance=1e-6,
+    ),
+}
+
+
+def saver(directory: Path, **settings: Any) -> ModelCheckpoint:
+    """A checkpoint at every step."""
+    return ModelCheckpoint(directory, filename="{step}", every_n_train_steps=1, save_top_k=-1, **settings)
+
+
+every_method = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
+
+
+def test_every_method_has_a_row() -> None:
+    """A method is what `lightning-cl methods` lists."""
+    assert set(method_classes().values()) == {row.method for row in ROWS.values()}
+
+
+@every_method
+def test_ends_where_a_plain_loop_ends(row: Row, tmp_path: Path) -> None:
+    """Over two tasks the weights are those of a torch loop with the method written into it."""
+    torch.testing.assert_close(fit_stream(tmp_path, [row.make()]), row.plain_loop(), rtol=0, atol=row.tolerance)
+
+
+@every_method
+def test_is_not_a_no_op(row: Row, tmp_path: Path) -> None:
+    """Without its key line a method would end where fine-tuning ends."""
+    assert (fit_stream(tmp_path, [row.make()]) - fit_stream(tmp_path)).abs().max() > 1e-2
+
+
+@every_method
+def test_one_fit_for_each_task_is_the_same(row: Row, tmp_path: Path) -> None:
+    """With plain loaders and a fresh Trainer for each task, the callback's state lives on in the object."""
+    method, module = row.make(), ToyModule(learning_rate=0.05)
+    for loader in toy_loaders():
+        trainer(tmp_path, [method], max_epochs=1).fit(module, loader, loader)
+    assert method.completed_tasks == 2
+    plain = ToyModule(learning_rate=0.05)
+    for loader in toy_loaders():
+        trainer(tmp_path, max_epochs=1).fit(plain, loader, loader)
+    assert (weights(module) - weights(plain)).abs().max() > 1e-3
+
+
+@every_method
+def test_one_fit_for_each_task_through_checkpoints_is_the_same(row: Row, tmp_path: Path) -> None:
+    """A refresh job with fresh objects that loads the last checkpoint ends where one object ends."""
+    kept, module = row.make(), ToyModule()
+    for number, loader in enumerate(toy_loaders(), start=1):
+        job = trainer(tmp_path, [kept], max_epochs=number)
+        job.fit(module, loader, loader, ckpt_path=None if number == 1 else tmp_path / "last.ckpt")
+        job.save_checkpoint(tmp_path / "last.ckpt")
+    fresh = ToyModule()
+    for number, loader in enumerate(toy_loaders(), start=1):
+        job = trainer(tmp_path, [row.make()], max_epochs=number)
+        job.fit(fresh, loader, loader, ckpt_path=None if number == 1 else tmp_path / "fresh.ckpt")
+        job.save_checkpoint(tmp_path / "fresh.ckpt")
+    assert torch.equal(weights(fresh), weights(module))
+
+
+@every_method
+@pytest.mark.parametrize("step", [2, 6, 8], ids=["first task", "boundary", "second task"])
+def test_resumes_to_the_same_bits(row: Row, step: int, tmp_path: Path) -> None:
+    """From a checkpoint at any step, with dropout, read with ``weights_only=True``."""
+    straight = fit_stream(tmp_path, [row.make(), saver(tmp_path)], module=ToyModule(dropout=0.3))
+    torch.manual_seed(999)
+    resumed, path = ToyModule(dropout=0.3), tmp_path / f"step={step}.ckpt"
+    fit = trainer(tmp_path, [row.make(), saver(tmp_path / "resumed")])
+    fit.fit(resumed, datamodule=toy_stream(), ckpt_path=path, weights_only=True)
+    assert torch.equal(weights(resumed), straight)
+
+
+@every_method
+def test_missing_state_is_refused(row: Row, tmp_path: Path) -> None:
+    """A checkpoint without the method's state would leave the model unprotected."""
+    fit_stream(tmp_path, [saver(tmp_path)])
+    with pytest.raises(ValueError, match=f"no state for {row.method.__name__}.*load_from_checkpoint"):
+        fit_stream(tmp_path, [row.make(), saver(tmp_path)], ckpt_path=tmp_path / "step=8.ckpt")
+
+
+@every_method
+def test_weights_only_checkpoint_is_refused(row: Row, tmp_path: Path) -> None:
+    """Lightning restores no callback from it, and says nothing."""
+    fit_stream(tmp_path, [row.make(), saver(tmp_path, save_weights_only=True)])
+    with pytest.raises((ValueError, KeyError), match=r"no state for|save_weights_only"):
+        fit_stream(tmp_path, [row.make()], ckpt_path=tmp_path / "step=8.ckpt")
+
+
+@every_method
+def test_spawning_launchers_are_refused(row: Row, tmp_path: Path) -> None:
+    """They run the fit in children that keep what was learned to themselves."""
+    fit = trainer(tmp_path, [row.make()])
+    fit.strategy._launcher = trainer(tmp_path, strategy="ddp_fork", devices=2).strategy._launcher or _forking(fit)
+    with pytest.raises(ValueError, match=r"ddp_spawn.*ddp_fork.*torchrun"):
+        row.make().setup(fit, ToyModule(), "fit")
+        fit.callbacks[-1].setup(fit, ToyModule(), "fit")
+
+
+def _forking(fit: Any) -> Any:
+    from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+
+    return _MultiProcessingLauncher(fit.strategy, start_method="fork")
+
+
+@every_method
+def test_built_by_the_command_line(row: Row, tmp_path: Path) -> None:
+    """The class's signature is its YAML."""
+    settings = "\n".join(f"        {name}: {value}" for name, value in row.settings.items())
+    (tmp_path / "run.yaml").write_text(
+        f"""
+trainer:
+  accelerator: cpu
+  logger: false
+  enable_checkpointing: false
+  enable_progress_bar: false
+  enable_model_summary: false
+  default_root_dir: {tmp_path}
+  callbacks:
+    - class_path: {row.method.__name__}
+      init_args:
+{settings}
+    - class_path: ContinualMetrics
+      init_args:
+        directory: {tmp_path}
+model:
+  class_path: Classifier
+  init_args:
+    network:
+      class_path: MLP
+      init_args: {{num_inputs: 64, num_outputs: 10, hidden: [16]}}
+data:
+  class_path: TaskStreamDataModule
+  init_args:
+    train: {{class_path: DigitsSource, init_args: {{split: train}}}}
+    val: {{class_path: DigitsSource, init_args: {{split: val}}}}
+    scenario: {{class_path: ClassIncremental, init_args: {{n_tasks: 2}}}}
+"""
+    )
+    main(["fit", "--config", str(tmp_path / "run.yaml")])
+    assert row.method.__name__ in (tmp_path / "record.json").read_text()
+
+
+# ---------------------------------------------------------------------- two ranks
+
+
+class ShardedModule(ToyModule):
+    """The toy module as FSDP2 users write it."""
+
+    def configure_model(self) -> None:
+        if isinstance(self.model[0].weight, DTensor):
+            return
+        mesh = self.device_mesh["data_parallel"]
+        for layer in (self.model[0], self.model[3], self.model):
+            fully_shard(layer, mesh=mesh)
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> Iterator[Ranks]:
+    """One pair of processes for all tests of this file."""
+    ranks = Ranks(2)
+    yield ranks
+    ranks.close()
+
+
+def fit_on_this_rank(root: Path, method: type[ContinualCallback], settings: dict[str, Any], sharded: bool) -> Tensor:
+    """Fit the toy stream with half of each batch; return the full weights."""
+    module = ShardedModule() if sharded else ToyModule()
+    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1) if sharded else "ddp"
+    fit = trainer(root, [method(**settings)], strategy=strategy, devices=2)
+    fit.fit(module, datamodule=toy_stream(batch_size=4))
+    full = [p.full_tensor() if isinstance(p, DTensor) else p for p in module.parameters()]
+    return torch.cat([p.detach().flatten() for p in full])
+
+
+@pytest.mark.distributed
+@every_method
+@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
+def test_two_ranks_end_where_one_process_ends(row: Row, sharded: bool, two_ranks: Ranks, tmp_path: Path) -> None:
+    """Over two tasks, with the joined batch: data-parallel and sharded."""
+    expected = row.plain_loop(batch_size=4, world_size=2)
+    first, second = two_ranks.run(fit_on_this_rank, tmp_path, row.method, row.settings, sharded)
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, expected, rtol=0, atol=max(row.tolerance, 1e-6))
