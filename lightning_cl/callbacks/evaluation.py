@@ -23,7 +23,8 @@ class ContinualEvaluation(ContinualCallback):
     generators are left as they were, so the weights are those of the run without it.
 
     Args:
-        every_n_steps: Optimizer steps between two evaluations; at least 1. Costs one pass over the validation data each.
+        every_n_steps: Optimizer steps between two evaluations; at least 1. Costs one pass over the validation data
+            each.
 
     Raises:
         ValueError: If ``every_n_steps`` is below 1.

@@ -40,16 +40,16 @@ class EWC(ContinualCallback):
         strength: :math:`\lambda`; above 0. At 0.5 elsewhere without the ½ it is 1 here.
         fisher: Whose labels y are: ``"empirical"`` (the data's; the module's own loss, so any loss works),
             ``"sampled"`` (one draw from the model for each sample), ``"exact"`` (the expectation over the model's
-            classes, one backward pass for each class), or ``"batched"``, a cheap approximation: the squared gradient of a
-            batch's summed loss, which depends on the batch size and is no Fisher information.
-        mode: ``"online"``: :math:`F \leftarrow \gamma F + F_{task}`, anchored at the latest weights; ``"separate"``: one
-            quadratic per task around the weights at its end, folded into one, so that a step costs the same.
+            classes, one backward pass for each class), or ``"batched"``, a cheap approximation: the squared gradient of
+            a batch's summed loss, which depends on the batch size and is no Fisher information.
+        mode: ``"online"``: :math:`F \leftarrow \gamma F + F_{task}`, anchored at the latest weights; ``"separate"``:
+            one quadratic per task around the weights at its end, folded into one, so that a step costs the same.
         decay: :math:`\gamma` of the online form, from 0 to 1.
         n_samples: Samples to measure F on, over all ranks; the whole task if ``None``.
         include: Patterns (as in :mod:`fnmatch`) of the parameters to protect; all trainable ones if ``None``.
         exclude: Patterns of parameters to leave free.
-        logits: Name of the submodule that returns the class scores, for ``"sampled"`` and ``"exact"``; found by itself in
-            most modules.
+        logits: Name of the submodule that returns the class scores, for ``"sampled"`` and ``"exact"``; found by itself
+            in most modules.
         batch_adapter: Reads batches of an uncommon structure.
 
     Raises:

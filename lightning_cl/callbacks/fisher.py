@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, get_args
 
 import torch
@@ -75,25 +75,29 @@ class FisherEstimator:
             elif self._uses_logits(pl_module):
                 with OutputCapture(pl_module, self.logits) as capture:
                     run_step(pl_module, part, self.adapter)
-                    self._sums_from_logits(tape, capture.output, part, torch.Generator(), None)
-                    run_step(pl_module, part, self.adapter)
                     scores = capture.output.flatten(1).logsumexp(1)
-                unsure = parameters.keys() - tape.seen if _is_sharded(parameters) else tape.uncovered(
-                    scores, batch_size=len(scores)
-                )
-                self._by_sample = _on_any_rank(bool(unsure), pl_module)
+                    unsure = tape.uncovered(scores, batch_size=len(scores))
+                    self._by_sample = _on_any_rank(bool(unsure), pl_module)
+                    # labels or scores that do not fit show here, and not at the task's end
+                    self._sums_from_logits(
+                        SampleLoop(parameters) if self._by_sample else tape,
+                        capture.output,
+                        part,
+                        torch.Generator(),
+                        None,
+                    )
             else:
                 self._by_sample = _on_any_rank(not self._agrees(tape, pl_module, parameters, part), pl_module)
         if self._by_sample and _is_sharded(parameters):
             raise ValueError(
-                f"`fisher={self.fisher!r}` on sharded weights needs a loss that is a mean over samples, and layers with a"
-                f" rule for per-sample gradients; {type(pl_module).__name__} has another. Leave its parameters out by"
+                f"`fisher={self.fisher!r}` on sharded weights needs a loss that is a mean over samples, and layers with"
+                f" a rule for per-sample gradients; {type(pl_module).__name__} has another. Leave its parameters out by"
                 " `include`/`exclude`, or train without sharding."
             )
         if self._by_sample:
             rank_zero_info(
-                f"The Fisher information of {type(pl_module).__name__} is measured by a loop over samples: its loss is no"
-                " mean over samples, or a layer has no rule for per-sample gradients."
+                f"The Fisher information of {type(pl_module).__name__} is measured by a loop over samples: its loss is"
+                " no mean over samples, or a layer has no rule for per-sample gradients."
             )
 
     def estimate(
@@ -123,23 +127,25 @@ class FisherEstimator:
                     batched_fisher(parameters, forward_loss(pl_module, batch) * size, size, into=sums)
                     tape.clear()
                 elif self._uses_logits(pl_module):
-                    with OutputCapture(pl_module, self.logits) as capture:
-                        run_step(pl_module, batch, self.adapter)
-                    size = self._sums_from_logits(
-                        SampleLoop(parameters) if self._by_sample else tape, capture.output, batch, generator, sums
-                    )
-                    tape.clear()
+                    loop = SampleLoop(parameters) if self._by_sample else None
+                    parts = self._singles(batch) if loop is not None else [batch]
+                    size = 0
+                    for part in parts:
+                        with OutputCapture(pl_module, self.logits) as capture:
+                            run_step(pl_module, part, self.adapter)
+                        size += self._sums_from_logits(loop or tape, capture.output, part, generator, sums)
+                        tape.clear()
                 elif self._by_sample or self._is_uneven(batch, pl_module):
-                    singles = (self.adapter.select(batch, [index]) for index in range(size))
-                    squared_sums_by_loop((forward_loss(pl_module, one) for one in singles), parameters, into=sums)
-                    tape.clear()
+                    squared_sums_by_loop(self._single_losses(tape, pl_module, batch), parameters, into=sums)
                 else:
                     tape.squared_sums(forward_loss(pl_module, batch) * size, batch_size=size, into=sums)
                 count += size
         total = sum_over_ranks_(torch.tensor(float(count), device=pl_module.device, dtype=torch.float64))
         if not total:
             raise ValueError("The task holds no sample to measure the Fisher information on.")
-        return {name: shard(sum_over_ranks_(value).div_(float(total)), parameters[name]) for name, value in sums.items()}
+        return {
+            name: shard(sum_over_ranks_(value).div_(float(total)), parameters[name]) for name, value in sums.items()
+        }
 
     def _uses_logits(self, pl_module: LightningModule) -> bool:
         return self.fisher in ("sampled", "exact") or not pl_module.automatic_optimization
@@ -168,15 +174,12 @@ class FisherEstimator:
     ) -> bool:
         """Return whether squares taken from a batch equal those of the module's losses on its single samples."""
         size = self.adapter.size(part)
-        singles = (self.adapter.select(part, [index]) for index in range(size))
         if _is_sharded(parameters):
             # single gradients of a shard are out of reach: compare the losses, and see that every layer was called
-            losses = torch.stack([forward_loss(pl_module, one).detach() for one in singles])
-            tape.clear()
+            losses = torch.stack([loss.detach() for loss in self._single_losses(tape, pl_module, part)])
             joint = forward_loss(pl_module, part).detach()
             return tape.seen == parameters.keys() and bool(torch.isclose(joint, losses.mean(), rtol=_TOLERANCE))
-        expected = squared_sums_by_loop((forward_loss(pl_module, one) for one in singles), parameters)
-        tape.clear()
+        expected = squared_sums_by_loop(self._single_losses(tape, pl_module, part), parameters)
         try:
             found = tape.squared_sums(forward_loss(pl_module, part) * size, batch_size=size)
         except (RuntimeError, ValueError):
@@ -185,6 +188,16 @@ class FisherEstimator:
         # gradients that are 0 but for rounding differ by all of themselves
         noise = 1e-3 * _TOLERANCE * max(_norm(root) for root in roots.values())
         return all(_norm(found[n].sqrt() - root) <= _TOLERANCE * _norm(root) + noise for n, root in roots.items())
+
+    def _singles(self, batch: Any) -> Iterator[Any]:
+        return (self.adapter.select(batch, [index]) for index in range(self.adapter.size(batch)))
+
+    def _single_losses(self, tape: LayerTape, pl_module: LightningModule, batch: Any) -> Iterator[Tensor]:
+        for single in self._singles(batch):
+            loss = forward_loss(pl_module, single)
+            # the open tape must not keep the graph of every sample
+            tape.clear()
+            yield loss
 
     def _is_uneven(self, batch: Any, pl_module: LightningModule) -> bool:
         """Return whether a mean over tokens weighs the samples of this batch unequally."""

@@ -30,9 +30,9 @@ class ContinualMetrics(ContinualCallback):
 
     Scores are the values that the module logs as ``monitor`` in its ``validation_step``, one for each task's loader; a
     ``validation_step`` without ``dataloader_idx`` serves as it is. After every task the summary goes to all loggers as
-    ``continual/<name>``; the matrix is kept in the checkpoint and, at the end of the fit, written to ``record.json`` and
-    ``matrix.csv``. Without a task stream, validation loader *i* stands for task *i*, and a single loader for the task
-    being learned.
+    ``continual/<name>``; the matrix is kept in the checkpoint and, at the end of the fit, written to ``record.json``
+    and ``matrix.csv``. Without a task stream, validation loader *i* stands for task *i*, and a single loader for the
+    task being learned.
 
     Args:
         monitor: The logged name of the score, higher is better.
@@ -43,8 +43,8 @@ class ContinualMetrics(ContinualCallback):
         joint: Scores of a run on all tasks at once, one per task, for the intransigence.
 
     Raises:
-        ValueError: At the start of the fit if there is no validation data, and at the first evaluation if ``monitor`` was
-            not logged.
+        ValueError: At the start of the fit if there is no validation data, and at the first evaluation if ``monitor``
+            was not logged.
     """
 
     boundaries: ClassVar[Literal["required", "unused", "evaluation"]] = "evaluation"

@@ -12,8 +12,8 @@ from typing_extensions import override
 
 from lightning_cl.core.batches import BatchAdapter, Column
 from lightning_cl.core.capture import OutputCapture, forward_loss, run_step, silenced, undisturbed
-from lightning_cl.core.checks import check_automatic_optimization, check_positive
 from lightning_cl.core.card import MethodCard
+from lightning_cl.core.checks import check_automatic_optimization, check_positive
 from lightning_cl.core.distributed import gather_on_rank_zero, gather_rows
 from lightning_cl.core.events import ContinualCallback, TaskEvents
 from lightning_cl.core.rng import derived_seed
@@ -42,9 +42,10 @@ class ExperienceReplay(ContinualCallback):
         capacity: Samples in memory, over all ranks together.
         batch_size: Samples drawn for each rank and step; as many as the incoming batch holds if ``None``.
         policy: Which samples stay: ``"reservoir"`` (uniform over all seen), ``"class_balanced"``, ``"ring"`` (equal
-            shares for tasks, the latest samples of each), ``"herding"`` (nearest to the class mean, needs ``features``).
-        storage: ``"memory"``, ``"mmap"`` (on disk, needs ``directory``) or ``"index"`` (identities only; samples are read
-            from the stream's dataset again).
+            shares for tasks, the latest samples of each), ``"herding"`` (nearest to the class mean, needs
+            ``features``).
+        storage: ``"memory"``, ``"mmap"`` (on disk, needs ``directory``) or ``"index"`` (identities only; samples are
+            read from the stream's dataset again).
         mode: ``"joint"`` puts the draw behind the incoming batch, in one forward; ``"separate"`` runs the module's
             ``training_step`` on it a second time and adds its loss.
         weight: The factor w of ``"separate"``.
@@ -145,8 +146,8 @@ class ExperienceReplay(ContinualCallback):
         if (rank, world_size) != (self.buffer.rank, self.buffer.world_size):
             if len(self.buffer):
                 raise ValueError(
-                    f"The memory was filled on {self.buffer.world_size} ranks and this fit has {world_size}: resume from"
-                    " a checkpoint, which redistributes it."
+                    f"The memory was filled on {self.buffer.world_size} ranks and this fit has {world_size}: resume"
+                    " from a checkpoint, which redistributes it."
                 )
             self.buffer = self._new_buffer(rank, world_size)
         if isinstance(self.buffer.storage, IndexStorage):

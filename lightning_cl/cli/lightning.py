@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 from jsonargparse._deprecated import JsonargparseDeprecationWarning
@@ -13,13 +14,13 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningCLI
 from typing_extensions import override
 
-# imported so that a config can name these classes without their modules
-import lightning_cl.callbacks
-import lightning_cl.datamodules
-import lightning_cl.modules
 from lightning_cl.callbacks import TaskProgressBar
 
 __all__ = ["TaskCLI", "run"]
+
+# a config may name the classes of imported packages without their modules
+for _package in ("datamodules", "modules"):
+    import_module(f"lightning_cl.{_package}")
 
 
 class TaskCLI(LightningCLI):

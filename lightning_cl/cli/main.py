@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 __all__ = ["main"]
 
@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     methods.set_defaults(run=_methods)
 
     compare = commands.add_parser("compare", help="run several methods on one stream and report them")
-    compare.add_argument("stream", help="a config for `lightning-cl fit`, with the settings of methods under `methods:`")
+    compare.add_argument("stream", help="a config for `lightning-cl fit`, with settings of methods under `methods:`")
     compare.add_argument("--methods", default="finetune,joint", help="names, joined by commas")
     compare.add_argument("--seeds", type=int, default=1, help="seeds 0 to N-1 for every method")
     compare.add_argument("--output", default="lightning_cl_comparison", help="folder for the runs and the report")

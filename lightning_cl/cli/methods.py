@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import lightning_cl.callbacks  # noqa: F401  (its import defines the methods)
+from importlib import import_module
+
 from lightning_cl.core.card import MethodCard
 from lightning_cl.core.events import ContinualCallback
 
 __all__ = ["method_classes", "print_methods"]
+
+
+import_module("lightning_cl.callbacks")  # which defines the methods
 
 
 def method_classes() -> dict[str, type[ContinualCallback]]:

@@ -93,8 +93,8 @@ class BatchAdapter:
                 return leaf
             if path not in columns:
                 raise ValueError(
-                    f"The stored samples have no {path!r}, which this batch has (they have {sorted(columns)}). Batches of"
-                    " one run must share their structure."
+                    f"The stored samples have no {path!r}, which this batch has (they have {sorted(columns)}). Batches"
+                    " of one run must share their structure."
                 )
             rows = columns[path]
             if not isinstance(leaf, Tensor):

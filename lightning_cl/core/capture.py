@@ -40,7 +40,8 @@ def undisturbed(pl_module: LightningModule, seed: int) -> Iterator[None]:
     """Run the module in evaluation mode and leave no trace of it.
 
     ``self.log`` is silent, torchmetrics and buffers keep their values, the training flags of all submodules and the
-    random generators come back as they were, and autocast is off, because squared gradients underflow in half precision.
+    random generators come back as they were, and autocast is off, because squared gradients underflow in half
+    precision.
 
     Args:
         pl_module: The user's module.
@@ -86,7 +87,9 @@ def forward_loss(pl_module: LightningModule, batch: Any, batch_idx: int = 0) -> 
     takes_index = is_param_in_hook_signature(step, "batch_idx", min_args=2)
     loss = loss_of(step(batch, batch_idx) if takes_index else step(batch))
     if loss is None:
-        raise ValueError(f"`{type(pl_module).__name__}.training_step` returned no loss, so it has no gradient to measure.")
+        raise ValueError(
+            f"`{type(pl_module).__name__}.training_step` returned no loss: there is no gradient to measure."
+        )
     return loss
 
 
@@ -95,14 +98,14 @@ class OutputCapture:
 
     Args:
         pl_module: The user's module.
-        name: The submodule's name, such as ``"model.head"``. ``None`` takes the module itself if the step calls it, else
+        name: The submodule, such as ``"model.head"``. ``None`` takes the module itself if the step calls it, else
             the last of its direct children that returned class scores.
     """
 
     def __init__(self, pl_module: LightningModule, name: str | None = None) -> None:
         self._pl_module = pl_module
         self._name = name
-        self._outputs: dict[str, Any] = {}
+        self._outputs: dict[str, Tensor] = {}
         self._handles: list[Any] = []
 
     def __enter__(self) -> OutputCapture:
@@ -112,7 +115,7 @@ class OutputCapture:
             raise ValueError(
                 f"{self._name!r} names no submodule of {type(self._pl_module).__name__}; its children are {known}."
             )
-        watched = {self._name: modules[self._name]} if self._name else {"": self._pl_module}
+        watched: dict[str, nn.Module] = {self._name: modules[self._name]} if self._name else {"": self._pl_module}
         if self._name is None:
             watched.update(self._pl_module.named_children())
         for name, module in watched.items():
@@ -140,7 +143,7 @@ class OutputCapture:
     @property
     def found(self) -> Tensor | None:
         """The recorded output, ``None`` if there is none."""
-        if "" in self._outputs and self._name is None:
+        if "" in self._outputs:
             return self._outputs[""]
         return next(reversed(self._outputs.values()), None)
 
@@ -153,14 +156,14 @@ class OutputCapture:
         """
         if self.found is None:
             raise ValueError(
-                f"No class scores were seen in a step of {type(self._pl_module).__name__}. Name the submodule that returns"
+                f"No class scores were seen in a step of {type(self._pl_module).__name__}. Name the submodule that gives"
                 " them, such as `logits='model.head'`."
             )
         return self.found
 
 
 def run_step(pl_module: LightningModule, batch: Any, adapter: BatchAdapter) -> None:
-    """Run the module once on ``batch`` so that captures see it: its training step, or ``forward`` if it steps itself."""
+    """Run the module on ``batch`` so that captures see it: its training step, or ``forward`` if it steps itself."""
     if pl_module.automatic_optimization:
         forward_loss(pl_module, batch)
         return

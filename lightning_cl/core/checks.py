@@ -51,8 +51,8 @@ def select_parameters(
         for pattern in patterns or ():
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise ValueError(
-                    f"`{setting}` pattern {pattern!r} matches no parameter of {type(pl_module).__name__}. Its names look"
-                    f" like {names[:3]}."
+                    f"`{setting}` pattern {pattern!r} matches no parameter of {type(pl_module).__name__}. Its names"
+                    f" look like {names[:3]}."
                 )
     selected = {
         name: parameter

@@ -87,7 +87,7 @@ class ContinualCallback(Callback):
     def loss_term(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, outputs: Any
     ) -> Tensor | None:
-        """Return a scalar to add to the loss that ``training_step`` returned, or ``None``. Automatic optimization only."""
+        """Return a scalar to add to the loss of ``training_step``, or ``None``; under automatic optimization only."""
         return None
 
 
@@ -300,9 +300,9 @@ class TaskEvents(Callback):
     def _refuse_checkpoint(trainer: Trainer, callbacks: Sequence[ContinualCallback]) -> None:
         names = ", ".join(type(c).__name__ for c in callbacks) or "the task events"
         raise ValueError(
-            f"`ckpt_path={str(trainer.ckpt_path)!r}` holds no state for {names}: the run would go on unprotected. Resume"
-            " from a full checkpoint (not `save_weights_only`) of a run with the same callbacks; to start continual"
-            " learning from these weights, load them with `load_from_checkpoint` and fit without `ckpt_path`."
+            f"`ckpt_path={str(trainer.ckpt_path)!r}` holds no state for {names}: the run would go on unprotected."
+            " Resume from a full checkpoint (not `save_weights_only`) of a run with the same callbacks; to start"
+            " continual learning from these weights, load them with `load_from_checkpoint` and fit without `ckpt_path`."
         )
 
 

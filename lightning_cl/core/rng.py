@@ -31,6 +31,7 @@ def rng_state() -> dict[str, Any]:
     """Return the state of Python's, NumPy's and torch's generators as tensors and plain containers."""
     version, words, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    assert isinstance(keys, np.ndarray)
     state: dict[str, Any] = {
         "python": [version, list(words), gauss],
         "numpy": [str(kind), torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],

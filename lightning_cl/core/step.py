@@ -87,8 +87,8 @@ def _add_to_loss(outputs: Any, extra: Tensor, pl_module: LightningModule) -> Any
     if outputs is None:
         return None  # Lightning skips such a step
     raise ValueError(
-        f"`{type(pl_module).__name__}.training_step` returned {type(outputs).__name__}; a loss term can be added only to"
-        " a tensor or to a dict with the key 'loss'."
+        f"`{type(pl_module).__name__}.training_step` returned {type(outputs).__name__}; a loss term can be added only"
+        " to a tensor or to a dict with the key 'loss'."
     )
 
 

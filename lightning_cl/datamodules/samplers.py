@@ -108,7 +108,7 @@ class TaskSampler(_RankSampler):
             stop += -(stop - start) % self.world_size
         return self._slice(start, stop).reshape(self.world_size, -1)
 
-    def __iter__(self) -> Iterator[BatchIndex]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[BatchIndex]:
         for batch in range(self.start_batches, len(self)):
             seed = derived_seed(self.seed, "read", self.task, self.task_epoch, batch, self.rank)
             yield BatchIndex(self.global_rows(batch)[self.rank], seed)
@@ -152,7 +152,7 @@ class EvaluationSampler(_RankSampler):
     def __len__(self) -> int:
         return -(-len(self.rows) // (self.batch_size * self.world_size))
 
-    def __iter__(self) -> Iterator[BatchIndex]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[BatchIndex]:
         mine = self.rows[self.rank :: self.world_size]
         if self.world_size == 1:
             for batch, start in enumerate(range(0, len(mine), self.batch_size)):

@@ -11,7 +11,6 @@ import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
@@ -20,7 +19,9 @@ from lightning_cl.core.events import TaskEvents
 from lightning_cl.core.rng import derived_seed
 from lightning_cl.core.task import Task
 from lightning_cl.datamodules.batches import batch_reader
-from lightning_cl.datamodules.loader import BatchDataset, TaskLoader
+from lightning_cl.datamodules.labels import check_label_names
+from lightning_cl.datamodules.loader import BatchDataset, TaskLoader, no_loaders
+from lightning_cl.datamodules.plan import StreamPlan
 from lightning_cl.datamodules.samplers import BatchIndex, EvaluationSampler, TaskSampler
 from lightning_cl.datamodules.scenarios import Scenario, TaskPlan
 from lightning_cl.datamodules.splits import Split, read_split
@@ -69,7 +70,7 @@ class TaskStreamDataModule(LightningDataModule):
         >>> inputs, labels = torch.randn(8, 2), torch.tensor([0, 1, 2, 3] * 2)
         >>> stream = TaskStreamDataModule((inputs, labels), scenario=ClassIncremental(n_tasks=2), epochs_per_task=3)
         >>> stream.setup("fit")
-        >>> [task.classes for task in stream.tasks], stream.num_epochs
+        >>> [task.classes for task in stream.tasks], stream.plan.num_epochs
         ([(0, 1), (2, 3)], 6)
     """
 
@@ -124,13 +125,9 @@ class TaskStreamDataModule(LightningDataModule):
         self.evaluate_every_n_epochs = evaluate_every_n_epochs
         self.optimizer_policy = optimizer_policy
         self.label = label
-        self.tasks: list[Task] = []
-        self.parts: list[Task] = []
-        self._plans: list[TaskPlan] = []
-        self._part_plans: list[TaskPlan] = []
-        self._trained: list[list[int]] = []
         self._splits: dict[str, Split] = {}
-        self._starts: list[int] = []
+        self._rows: dict[str, list[np.ndarray]] = {}
+        self._made: StreamPlan | None = None
         self._loader: TaskLoader | None = None
         self._evaluated: list[Task] = []
         self._evaluation_at: Task | None = None
@@ -149,18 +146,24 @@ class TaskStreamDataModule(LightningDataModule):
         return self.scenario.reveals_task
 
     @property
-    def num_epochs(self) -> int:
-        """Trainer epochs in the whole stream."""
-        return self._starts[-1]
+    def plan(self) -> StreamPlan:
+        """The tasks in time; known from ``setup`` on."""
+        if self._made is None:
+            raise ValueError("The stream has no tasks yet: pass it to a Trainer, or call `setup('fit')`.")
+        return self._made
+
+    @property
+    def tasks(self) -> list[Task]:
+        """The tasks of the stream, in order."""
+        return self.plan.tasks
 
     def task_of_epoch(self, epoch: int) -> Task:
         """Return the task that the Trainer's ``epoch`` belongs to."""
-        position = int(np.searchsorted(self._starts, epoch, side="right")) - 1
-        return self.tasks[min(position, len(self.tasks) - 1)]
+        return self.plan.task_of_epoch(epoch)
 
     def ends_task(self, epoch: int) -> bool:
         """Return whether ``epoch`` is the last of its task."""
-        return epoch + 1 in self._starts
+        return self.plan.ends_task(epoch)
 
     def evaluated_tasks(self) -> Sequence[Task]:
         """Return the tasks of the current evaluation loaders, in their order; their indices are matrix columns."""
@@ -168,7 +171,7 @@ class TaskStreamDataModule(LightningDataModule):
 
     def trained_by(self, task: Task) -> list[int]:
         """Return the matrix columns that ``task`` trains: a visit trains a task again, a joint run trains all."""
-        return self._trained[task.index]
+        return self.plan.trained_by(task)
 
     def request_evaluation(self, task: Task | None) -> None:
         """Give evaluation loaders as at the end of ``task``, whatever the epoch; ``None`` ends the request."""
@@ -183,10 +186,8 @@ class TaskStreamDataModule(LightningDataModule):
         Returns:
             Identities and the ranks that read them, both int64 [samples of all ranks].
         """
-        assert self._loader is not None and isinstance(self._loader.sampler, TaskSampler)
-        sampler = self._loader.sampler
-        rows = sampler.global_rows(batch_idx)
-        rows = rows + self._first_id(sampler.task)
+        sampler = self._sampler()
+        rows = sampler.global_rows(batch_idx) + self._first_id(sampler.task)
         owners = torch.arange(rows.shape[0]).repeat_interleave(rows.shape[1])
         return torch.from_numpy(np.ascontiguousarray(rows)).reshape(-1), owners
 
@@ -204,7 +205,7 @@ class TaskStreamDataModule(LightningDataModule):
                 "Samples of tasks with different input transforms cannot be read as one batch: use"
                 " `storage='memory'` with this scenario."
             )
-        dataset = self._dataset("train", self._plans[int(views[0]) if len(views) else 0])
+        dataset = self._dataset("train", self.plan.plans[int(views[0]) if len(views) else 0])
         return dataset[BatchIndex(rows, derived_seed(self.seed, "fetch", zlib.crc32(rows.tobytes())))]
 
     def task_loader(self, n_samples: int | None, limit_batches: float) -> Iterator[tuple[Any, Tensor]]:
@@ -214,8 +215,7 @@ class TaskStreamDataModule(LightningDataModule):
             n_samples: Samples over all ranks, drawn at random by the stream's seed; all if ``None``.
             limit_batches: At most as many samples as this many training steps read (``Trainer(limit_train_batches)``).
         """
-        assert self._loader is not None and isinstance(self._loader.sampler, TaskSampler)
-        sampler = self._loader.sampler
+        sampler = self._sampler()
         wanted = len(sampler.rows) if n_samples is None else n_samples
         if self.steps_per_task is not None:
             limit_batches = min(limit_batches, self.steps_per_task)
@@ -226,54 +226,50 @@ class TaskStreamDataModule(LightningDataModule):
             rows = np.sort(np.random.default_rng(seed).choice(rows, wanted, replace=False))
         ordered = EvaluationSampler(rows, batch_size=self.batch_size, **self._ranks())
         first_id = self._first_id(sampler.task)
-        for index, batch in zip(ordered, TaskLoader(self._dataset("train", self._plans[sampler.task]), ordered), strict=True):
+        batches = TaskLoader(self._dataset("train", self.plan.plans[sampler.task]), ordered)
+        for index, batch in zip(ordered, batches, strict=True):
             yield batch, torch.from_numpy(np.ascontiguousarray(index.rows)) + first_id
 
     def _first_id(self, task: int) -> int:
         # a task that shows the rows in its own way makes other samples of them
-        return task * len(self._splits["train"]) if self._plans[task].transform is not None else 0
+        return task * len(self._splits["train"]) if self.plan.plans[task].transform is not None else 0
 
     # ------------------------------------------------------------------ set-up
 
     @override
     def setup(self, stage: str) -> None:
-        if not self.tasks:
-            self._make_tasks()
+        self._make_plan()
         trainer = self.trainer
         if trainer is None:
             return
         TaskEvents.attach(trainer)
         if stage == "fit":
             # a loader per epoch, and as many epochs as the stream has
-            trainer.reload_dataloaders_every_n_epochs = 1
+            trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
             trainer.check_val_every_n_epoch = 1
-            limit = trainer.fit_loop.max_epochs
-            if limit not in (None, -1, 1000, self.num_epochs):
-                rank_zero_info(f"`max_epochs={limit}` gives way to the {self.num_epochs} epochs of the task stream.")
-            trainer.fit_loop.max_epochs = self.num_epochs
+            limit, epochs = trainer.fit_loop.max_epochs, self.plan.num_epochs
+            if limit not in (None, -1, 1000, epochs):
+                rank_zero_info(f"`max_epochs={limit}` gives way to the {epochs} epochs of the task stream.")
+            trainer.fit_loop.max_epochs = epochs
 
-    def _make_tasks(self) -> None:
+    def _make_plan(self) -> None:
+        if self._made is not None:
+            return
         for name, source in self.sources.items():
             if source is not None:
-                self._splits[name] = read_split(
-                    source, name, self.scenario, self.label, tensors=self.collate_fn is None
-                )
-        train = self._splits["train"]
-        self._plans = self.scenario.plan(train.info, self.seed)
-        epochs = self.epochs_per_task if isinstance(self.epochs_per_task, list) else [self.epochs_per_task]
-        if len(epochs) == 1:
-            epochs = epochs * len(self._plans)
-        if len(epochs) != len(self._plans):
-            raise ValueError(
-                f"`epochs_per_task` lists {len(epochs)} numbers, but {self.scenario!r} makes {len(self._plans)} tasks."
-            )
-        if self.scenario.single_pass and any(number > 1 for number in epochs):
-            raise ValueError(f"{self.scenario!r} is a single pass: `epochs_per_task` must be 1, got {epochs}.")
-        self._starts = [0, *np.cumsum(epochs).tolist()]
-        self._part_plans = self.scenario.parts(self._plans)
-        self._trained = self.scenario.trained(self._plans)
-        self.tasks = _tasks_of(self._plans)
-        self.parts = _tasks_of(self._part_plans)
+                tensors = self.collate_fn is None
+                self._splits[name] = read_split(source, name, self.scenario, self.label, tensors=tensors)
+        check_label_names({name: split.dataset for name, split in self._splits.items()})
+        self._made = StreamPlan(
+            self.scenario,
+            self._splits["train"].info,
+            seed=self.seed,
+            epochs_per_task=self.epochs_per_task,
+            steps_per_task=self.steps_per_task,
+        )
+        # what an evaluation set lacks is an error before training, not at its first evaluation
+        for name in self._splits.keys() - {"train"}:
+            self._evaluation_rows(name)
 
     def on_task_start(self, task: Task) -> None:
         """Apply the optimizer policy at a boundary; called by the task events."""
@@ -296,7 +292,7 @@ class TaskStreamDataModule(LightningDataModule):
         sampler = self._loader.sampler if self._loader is not None else None
         if not isinstance(sampler, TaskSampler) or sampler.task != task.index:
             sampler = TaskSampler(
-                self._plans[task.index].indices,
+                self.plan.plans[task.index].indices,
                 task=task.index,
                 batch_size=self.batch_size,
                 seed=self.seed,
@@ -304,33 +300,34 @@ class TaskStreamDataModule(LightningDataModule):
                 **self._ranks(),
             )
             # the same loader serves all epochs of its task, so that workers stay alive
-            self._loader = TaskLoader(self._dataset("train", self._plans[task.index]), sampler, num_workers=self.num_workers)
+            dataset = self._dataset("train", self.plan.plans[task.index])
+            self._loader = TaskLoader(dataset, sampler, num_workers=self.num_workers)
         assert self._loader is not None
         start = {"batches": 0, "samples": 0}
         if self._position is not None and self._position["epoch"] == epoch:
             start = {key: self._position[key] for key in start}
-        sampler.set_position(epoch=epoch - self._starts[task.index], **start)
+        sampler.set_position(epoch=self.plan.epoch_in_task(epoch), **start)
         return self._loader
 
     @override
     def val_dataloader(self) -> list[TaskLoader] | CombinedLoader:
         if "val" not in self._splits:
-            return _no_loaders()
+            return no_loaders()
         trainer = self._attached()
         if trainer.state.fn != "fit":
-            return self._evaluation_loaders("val", self.parts)
+            return self._evaluation_loaders("val", self.plan.parts)
         task = self._evaluation_at or self.task_of_epoch(trainer.current_epoch)
         if self._evaluation_at is None and not trainer.sanity_checking and not self._is_due(trainer.current_epoch):
             self._evaluated = []
-            return _no_loaders()
-        current = set(self._trained[task.index])
-        seen = {column for columns in self._trained[: task.index + 1] for column in columns}
-        wanted = {"seen": seen, "all": range(len(self.parts)), "current": current}[self.evaluate]
-        return self._evaluation_loaders("val", [self.parts[column] for column in sorted(wanted)])
+            return no_loaders()
+        wanted: Sequence[int] = range(len(self.plan.parts))
+        if self.evaluate != "all":
+            wanted = self.plan.seen_by(task) if self.evaluate == "seen" else self.plan.trained_by(task)
+        return self._evaluation_loaders("val", [self.plan.parts[part] for part in wanted])
 
     @override
     def test_dataloader(self) -> list[TaskLoader] | CombinedLoader:
-        return self._evaluation_loaders("test", self.parts) if "test" in self._splits else _no_loaders()
+        return self._evaluation_loaders("test", self.plan.parts) if "test" in self._splits else no_loaders()
 
     @override
     def predict_dataloader(self) -> DataLoader[Any]:
@@ -340,27 +337,36 @@ class TaskStreamDataModule(LightningDataModule):
     def _is_due(self, epoch: int) -> bool:
         if self.ends_task(epoch):
             return True
-        within = epoch - self._starts[self.task_of_epoch(epoch).index] + 1
-        return self.evaluate_every_n_epochs is not None and within % self.evaluate_every_n_epochs == 0
+        every = self.evaluate_every_n_epochs
+        return every is not None and (self.plan.epoch_in_task(epoch) + 1) % every == 0
 
     def _evaluation_loaders(self, name: str, tasks: Sequence[Task]) -> list[TaskLoader]:
-        rows = self.scenario.evaluation(self._plans, self._splits[name].info, self.seed)
+        rows = self._evaluation_rows(name)
         self._evaluated = list(tasks)
         return [
             TaskLoader(
-                self._dataset(name, self._part_plans[task.index]),
+                self._dataset(name, self.plan.part_plans[task.index]),
                 EvaluationSampler(rows[task.index], batch_size=self.batch_size, **self._ranks()),
                 num_workers=self.num_workers,
             )
             for task in tasks
         ]
 
+    def _evaluation_rows(self, name: str) -> list[np.ndarray]:
+        if name not in self._rows:
+            self._rows[name] = list(self.scenario.evaluation(self.plan.plans, self._splits[name].info, self.seed))
+        return self._rows[name]
+
+    def _sampler(self) -> TaskSampler:
+        assert self._loader is not None and isinstance(self._loader.sampler, TaskSampler)
+        return self._loader.sampler
+
     def _dataset(self, name: str, plan: TaskPlan) -> BatchDataset:
         return BatchDataset(batch_reader(self._splits[name].dataset, self.collate_fn), plan.transform)
 
-    def _ranks(self) -> dict[str, int]:
+    def _ranks(self) -> dict[str, Any]:
         # shards of one replica read the same samples, so the strategy says who reads what
-        replicas: dict[str, int] = getattr(self._attached().strategy, "distributed_sampler_kwargs", None) or {}
+        replicas = getattr(self._attached().strategy, "distributed_sampler_kwargs", None) or {}
         return {"rank": int(replicas.get("rank", 0)), "world_size": int(replicas.get("num_replicas", 1))}
 
     def _attached(self) -> Trainer:
@@ -372,51 +378,26 @@ class TaskStreamDataModule(LightningDataModule):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        loader, trainer = self._loader, self.trainer
-        if loader is None or trainer is None or not isinstance(loader.sampler, TaskSampler):
+        if self._loader is None:
             return {}
-        batches = loader.batches_read
+        batches = self._loader.batches_read
         return {
-            "stream": self._fingerprint(),
-            "epoch": trainer.current_epoch,
+            "stream": self.plan.fingerprint(),
+            "epoch": self._attached().current_epoch,
             "batches": batches,
-            "samples": loader.sampler.samples_after(batches),
+            "samples": self._sampler().samples_after(batches),
         }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if not self.tasks:
-            self._make_tasks()
-        if state_dict["stream"] != self._fingerprint():
+        self._make_plan()
+        if state_dict["stream"] != self.plan.fingerprint():
             raise ValueError(
                 "The checkpoint is of another stream: the training data, `scenario`, `seed`, `epochs_per_task` and"
                 " `steps_per_task` must be those of the saved run."
             )
         self._position = {key: int(state_dict[key]) for key in ("epoch", "batches", "samples")}
-        if self._loader is not None and self._position["epoch"] == 0 and isinstance(self._loader.sampler, TaskSampler):
+        if self._loader is not None and self._position["epoch"] == 0:
             # a scheduler asked for the stream's length, and so for the first loader, before the state came
-            self._loader.sampler.set_position(
-                epoch=0, batches=self._position["batches"], samples=self._position["samples"]
-            )
-
-    def _fingerprint(self) -> list[int]:
-        """Return numbers that two streams share only if they hold the same rows in the same tasks and epochs."""
-        parts = [zlib.crc32(np.ascontiguousarray(plan.indices).tobytes()) for plan in self._plans]
-        return [self.seed, self.steps_per_task or 0, *self._starts, *parts]
-
-
-def _no_loaders() -> CombinedLoader:
-    """Return what Lightning skips without a warning; it takes an empty list for one loader without length."""
-    loaders = CombinedLoader({}, "sequential")
-    loaders._flattened, loaders._spec = tree_flatten({})
-    return loaders
-
-
-def _tasks_of(plans: Sequence[TaskPlan]) -> list[Task]:
-    seen: tuple[int, ...] = ()
-    tasks = []
-    for index, plan in enumerate(plans):
-        seen = tuple(sorted({*seen, *plan.classes}))
-        length, count = len(plan.indices), len(plans)
-        tasks.append(Task(index, plan.name, plan.classes, length=length, num_tasks=count, seen_classes=seen))
-    return tasks
+            start = {key: self._position[key] for key in ("batches", "samples")}
+            self._sampler().set_position(epoch=0, **start)

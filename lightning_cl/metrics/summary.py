@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from torch import Tensor
 
 from lightning_cl.metrics import functional
@@ -38,7 +41,7 @@ def summarise_matrix(
         >>> {name: round(value, 2) for name, value in summary.items()}["forgetting"]
         0.4
     """
-    measures = {
+    measures: dict[str, Callable[[], Tensor]] = {
         "average_accuracy": lambda: functional.average_accuracy(R, trained=trained),
         "average_incremental_accuracy": lambda: functional.average_incremental_accuracy(R, trained=trained),
         "forgetting": lambda: functional.forgetting(R, trained=trained),
@@ -54,8 +57,8 @@ def summarise_matrix(
         measures["min_accuracy"] = lambda: functional.min_accuracy(scores, tasks, trained=trained)
         measures["worst_case_accuracy"] = lambda: functional.worst_case_accuracy(scores, tasks, trained=trained)
         for window in _WINDOWS:
-            measures[f"windowed_forgetting_{window}"] = lambda w=window: functional.windowed_forgetting(scores, w)
-            measures[f"windowed_plasticity_{window}"] = lambda w=window: functional.windowed_plasticity(scores, w)
+            measures[f"windowed_forgetting_{window}"] = partial(functional.windowed_forgetting, scores, window)
+            measures[f"windowed_plasticity_{window}"] = partial(functional.windowed_plasticity, scores, window)
     summary = {}
     for name, measure in measures.items():
         try:

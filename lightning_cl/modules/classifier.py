@@ -88,14 +88,12 @@ class Classifier(MaskedHead, LightningModule):
 
     @override
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return self(self._adapter.inputs(batch)).argmax(-1)
+        return self.forward(self._adapter.inputs(batch)).argmax(-1)
 
     @override
     def configure_optimizers(self) -> torch.optim.Optimizer:
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         if self.optimizer == "sgd":
-            return torch.optim.SGD(
-                parameters, lr=self.learning_rate, momentum=0.9, weight_decay=self.weight_decay
-            )
+            return torch.optim.SGD(parameters, lr=self.learning_rate, momentum=0.9, weight_decay=self.weight_decay)
         kind = torch.optim.Adam if self.optimizer == "adam" else torch.optim.AdamW
         return kind(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ class MLP(nn.Sequential):
     def __init__(self, num_inputs: int, num_outputs: int, hidden: Sequence[int] = (256, 256)) -> None:
         widths = [num_inputs, *hidden]
         layers: list[nn.Module] = [nn.Flatten()]
-        for width, following in zip(widths, widths[1:], strict=False):
+        for width, following in pairwise(widths):
             layers += [nn.Linear(width, following), nn.ReLU()]
         super().__init__(*layers, nn.Linear(widths[-1], num_outputs))
 

@@ -6,12 +6,12 @@ import re
 
 import pytest
 import torch
-from ranks import Ranks
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
 from lightning_cl.functional import LayerTape, SampleLoop, layer_gradients, squared_sums_by_loop
+from ranks import Ranks
 
 BATCH = 5
 

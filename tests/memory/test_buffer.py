@@ -223,7 +223,12 @@ def test_refuses_settings(options, message):
     ("policy", "world_size", "options", "message"),
     [
         ("class_balanced", 1, {"labels": None}, "`labels` is None, but `policy='class_balanced'` needs"),
-        ("reservoir", 1, {"labels": torch.zeros(3)}, "`labels` must be an integer tensor of shape .4., got torch.float32"),
+        (
+            "reservoir",
+            1,
+            {"labels": torch.zeros(3)},
+            "`labels` must be an integer tensor of shape .4., got torch.float32",
+        ),
         ("reservoir", 1, {"labels": torch.zeros(3).long()}, "`labels` must be an integer tensor of shape .4."),
         ("reservoir", 2, {"owners": None}, "`owners` must be given with `world_size=2`"),
         ("reservoir", 2, {"owners": torch.tensor([0, 1, 2, 0])}, "`owners` must be from 0 to 1, got 0 to 2"),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_cl.memory import ReplayBuffer
 
-SEEDS, CAPACITY, SAMPLES = 600, 12, 60
+SEEDS, CAPACITY, SAMPLES = 400, 12, 60
 
 
 def deviation(counts: Tensor, kept: int) -> float:
@@ -113,8 +113,8 @@ def test_reservoir_is_uniform_over_what_a_purge_leaves():
     # the size is random now, between what was left and the capacity; given the size every sample is equally likely
     rate = counts[left].sum() / (SEEDS * 40)
     z = (counts[left] - SEEDS * rate) / (SEEDS * rate * (1 - rate)).sqrt()
-    assert z.square().sum() < 73.4  # 39 degrees of freedom: 0.1 % are above 72.1
-    assert counts[20:50].mean().item() == pytest.approx(counts[50:].mean().item(), rel=0.1)
+    assert z.square().sum() < 72.1  # 39 degrees of freedom: 0.1 % are above
+    assert counts[20:50].mean().item() == pytest.approx(counts[50:].mean().item(), rel=0.15)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from toys import ToyModule, toy_data, trainer, weights
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_cl import EWC, ContinualCallback, ContinualMetrics, ExperienceReplay, TaskStreamDataModule
 from lightning_cl.datamodules import ClassIncremental
+from toys import ToyModule, toy_data, trainer, weights
 
 
 class NoisyData(Dataset):

@@ -9,20 +9,21 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from toys import ToyModule, toy_data, weights
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from lightning_cl.datamodules.samplers import TaskSampler
 from lightning_cl.memory import ReplayBuffer
+from toys import ToyModule, toy_data, weights
 
+EPOCHS = 2
 TASKS = [np.array([i for i in range(48) if i % 4 in pair]) for pair in ((0, 1), (2, 3))]
 
 
-def steps(task: int, epochs: int, batch_size: int, world_size: int) -> Iterator[np.ndarray]:
+def steps(task: int, batch_size: int, world_size: int) -> Iterator[np.ndarray]:
     """Yield the rows of each step of a task, int64 [ranks, n]."""
     sampler = TaskSampler(TASKS[task], task=task, batch_size=batch_size, seed=0, world_size=world_size)
-    for epoch in range(epochs):
+    for epoch in range(EPOCHS):
         sampler.set_position(epoch=epoch)
         yield from (sampler.global_rows(step) for step in range(len(sampler)))
 
@@ -37,14 +38,14 @@ def per_sample_fisher(module: ToyModule, inputs: Tensor, labels: Tensor) -> list
     return [total / len(inputs) for total in sums]
 
 
-def ewc(strength: float, *, batch_size: int = 8, world_size: int = 1, epochs: int = 2, separate: bool = False) -> Tensor:
+def ewc(strength: float, *, batch_size: int = 8, world_size: int = 1, separate: bool = False) -> Tensor:
     """EWC with the penalty in the loss, one term per task if ``separate``."""
     inputs, labels = toy_data().tensors
     module = ToyModule()
     optimizer = module.configure_optimizers()
     terms: list[tuple[list[Tensor], list[Tensor]]] = []
     for task, rows_of_task in enumerate(TASKS):
-        for rows in steps(task, epochs, batch_size, world_size):
+        for rows in steps(task, batch_size, world_size):
             loss = sum(cross_entropy(module.model(inputs[r]), labels[r]) for r in rows) / len(rows)
             for fisher, anchors in terms:
                 for f, a, p in zip(fisher, anchors, module.parameters(), strict=True):
@@ -61,7 +62,7 @@ def ewc(strength: float, *, batch_size: int = 8, world_size: int = 1, epochs: in
     return weights(module)
 
 
-def replay(capacity: int, *, batch_size: int = 8, world_size: int = 1, epochs: int = 2, separate: float = 0.0) -> Tensor:
+def replay(capacity: int, *, batch_size: int = 8, world_size: int = 1, separate: float = 0.0) -> Tensor:
     """Experience replay by one memory for each rank; ``separate`` is the weight of a loss of its own."""
     inputs, labels = toy_data().tensors
     module = ToyModule()
@@ -69,7 +70,7 @@ def replay(capacity: int, *, batch_size: int = 8, world_size: int = 1, epochs: i
     memories = [ReplayBuffer(capacity, rank=rank, world_size=world_size) for rank in range(world_size)]
     step = 0
     for task in range(len(TASKS)):
-        for rows in steps(task, epochs, batch_size, world_size):
+        for rows in steps(task, batch_size, world_size):
             losses = []
             for memory, mine in zip(memories, rows, strict=True):
                 x, y = inputs[mine], labels[mine]

@@ -55,6 +55,7 @@ class TaskPlan:
         classes: Labels that occur among the samples; ``()`` when unknown.
         transform: Acts on a batch of inputs ``[B, ...]``; ``None`` leaves them as they are.
         source: Position of the task that this one repeats, in a :class:`Recurring` stream; ``None`` elsewhere.
+        joined: The tasks that this one holds, in a :class:`Joint` stream.
     """
 
     name: str
@@ -62,6 +63,7 @@ class TaskPlan:
     classes: tuple[int, ...]
     transform: Callable[[Tensor], Tensor] | None = None
     source: int | None = None
+    joined: tuple[TaskPlan, ...] = ()
 
     def __post_init__(self) -> None:
         if self.indices.dtype != np.int64 or self.indices.ndim != 1:

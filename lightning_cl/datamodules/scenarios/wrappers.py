@@ -83,8 +83,10 @@ class Recurring(Scenario):
             raise ValueError(f"`exponent` must be at least 0, got {exponent}.")
         if n_visits < 1:
             raise ValueError(f"`n_visits` must be at least 1, got {n_visits}.")
-        if isinstance(scenario, Recurring):
-            raise ValueError("`Recurring` cannot repeat a `Recurring` stream; wrap the scenario that makes the tasks.")
+        if isinstance(scenario, (Recurring, Joint)):
+            raise ValueError(
+                f"`Recurring` cannot repeat a `{type(scenario).__name__}` stream; wrap the one that makes the tasks."
+            )
         self.scenario = scenario
         self.n_visits = n_visits
         self.exponent = exponent
@@ -158,7 +160,6 @@ class Joint(Scenario):
         self.scenario = scenario
         self.needs_labels = scenario.needs_labels
         self.domain_column = scenario.domain_column
-        self._parts: list[TaskPlan] = []
 
     @override
     def plan(self, train: DataInfo, seed: int) -> list[TaskPlan]:
@@ -168,19 +169,18 @@ class Joint(Scenario):
                 f"`Joint` cannot join the tasks of `{type(self.scenario).__name__}`, each of which transforms its"
                 " inputs in its own way. Leave `joint` out of the comparison."
             )
-        self._parts = self.scenario.parts(plans)
         rows = np.unique(np.concatenate([plan.indices for plan in plans]))
         labels = None if train.labels is None or not any(plan.classes for plan in plans) else train.labels[rows]
-        return [TaskPlan("all tasks", rows, classes_of(labels))]
+        return [TaskPlan("all tasks", rows, classes_of(labels), joined=tuple(self.scenario.parts(plans)))]
 
     @override
     def parts(self, plans: list[TaskPlan]) -> list[TaskPlan]:
-        return self._parts
+        return list(plans[0].joined)
 
     @override
     def trained(self, plans: list[TaskPlan]) -> list[list[int]]:
-        return [list(range(len(self._parts)))]
+        return [list(range(len(plans[0].joined)))]
 
     @override
     def evaluation(self, plans: list[TaskPlan], data: DataInfo, seed: int) -> list[IndexArray]:
-        return self.scenario.evaluation(self._parts, data, seed)
+        return self.scenario.evaluation(self.parts(plans), data, seed)

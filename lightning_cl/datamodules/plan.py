@@ -1,0 +1,101 @@
+"""The plan of a stream: which rows each task trains on, in which epochs, and what is evaluated apart."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from lightning_cl.core.task import Task
+from lightning_cl.datamodules.scenarios import DataInfo, Scenario, TaskPlan
+
+__all__ = ["StreamPlan"]
+
+
+class StreamPlan:
+    """Tasks in time, a pure function of its arguments.
+
+    Args:
+        scenario: Makes the tasks.
+        train: Facts of the training data.
+        seed: Seed of the stream.
+        epochs_per_task: Epochs of every task, or of each.
+        steps_per_task: Steps of every task, in place of passes over its rows.
+
+    Attributes:
+        plans: The rows and the transform of each task.
+        tasks: The same as callbacks see them.
+        part_plans: What is evaluated apart: the columns of the accuracy matrix.
+        parts: The same as callbacks see them.
+        starts: First epoch of each task, and the epochs of the whole stream at the end.
+
+    Raises:
+        ValueError: If the data cannot be split as asked, or ``epochs_per_task`` does not fit the tasks.
+    """
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        train: DataInfo,
+        *,
+        seed: int,
+        epochs_per_task: int | list[int],
+        steps_per_task: int | None,
+    ) -> None:
+        self.plans = scenario.plan(train, seed)
+        self.part_plans = scenario.parts(self.plans)
+        self._trained = scenario.trained(self.plans)
+        epochs = epochs_per_task if isinstance(epochs_per_task, list) else [epochs_per_task] * len(self.plans)
+        if len(epochs) != len(self.plans):
+            raise ValueError(
+                f"`epochs_per_task` lists {len(epochs)} numbers, but {scenario!r} makes {len(self.plans)} tasks."
+            )
+        if scenario.single_pass and any(number > 1 for number in epochs):
+            raise ValueError(f"{scenario!r} is a single pass: `epochs_per_task` must be 1, got {epochs_per_task}.")
+        self.tasks = _tasks_of(self.plans)
+        self.parts = _tasks_of(self.part_plans)
+        self.starts: list[int] = [0, *np.cumsum(epochs).tolist()]
+        self._seed = seed
+        self._steps = steps_per_task
+
+    @property
+    def num_epochs(self) -> int:
+        """Epochs of the whole stream."""
+        return self.starts[-1]
+
+    def task_of_epoch(self, epoch: int) -> Task:
+        """Return the task that ``epoch`` belongs to; the last one after the end."""
+        position = int(np.searchsorted(self.starts, epoch, side="right")) - 1
+        return self.tasks[min(position, len(self.tasks) - 1)]
+
+    def epoch_in_task(self, epoch: int) -> int:
+        """Return the number of ``epoch`` within its task, from 0."""
+        return epoch - self.starts[self.task_of_epoch(epoch).index]
+
+    def ends_task(self, epoch: int) -> bool:
+        """Return whether ``epoch`` is the last of its task."""
+        return epoch + 1 in self.starts
+
+    def trained_by(self, task: Task) -> list[int]:
+        """Return the positions in ``parts`` that ``task`` trains."""
+        return self._trained[task.index]
+
+    def seen_by(self, task: Task) -> list[int]:
+        """Return the positions in ``parts`` that ``task`` and those before it train, ascending."""
+        return sorted({part for parts in self._trained[: task.index + 1] for part in parts})
+
+    def fingerprint(self) -> list[int]:
+        """Return numbers that two streams share only if they hold the same rows in the same tasks and epochs."""
+        rows = [zlib.crc32(np.ascontiguousarray(plan.indices).tobytes()) for plan in self.plans]
+        return [self._seed, self._steps or 0, *self.starts, *rows]
+
+
+def _tasks_of(plans: Sequence[TaskPlan]) -> list[Task]:
+    seen: tuple[int, ...] = ()
+    tasks = []
+    for index, plan in enumerate(plans):
+        seen = tuple(sorted({*seen, *plan.classes}))
+        length, count = len(plan.indices), len(plans)
+        tasks.append(Task(index, plan.name, plan.classes, length=length, num_tasks=count, seen_classes=seen))
+    return tasks
