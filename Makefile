@@ -16,7 +16,8 @@ help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 demo: $(VENV)/run.stamp  ## learn five tasks with and without forgetting, and write the report
-	$(PY) -m lightning_cl.cli.main compare examples/cli/demo.yaml --methods finetune,ewc,er,joint
+	$(PY) -m lightning_cl.cli.main compare examples/cli/demo.yaml \
+		--methods finetune,ewc,er,joint --seeds 3 --jobs 2 --output runs/demo
 
 test: lint  ## ruff, mypy, doctests and tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST_ARGS)

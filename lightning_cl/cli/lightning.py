@@ -11,12 +11,14 @@ from typing import Any
 from jsonargparse._deprecated import JsonargparseDeprecationWarning
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
 from lightning_cl.callbacks import TaskProgressBar
 
-__all__ = ["TaskCLI", "run"]
+__all__ = ["COMMANDS", "TaskCLI", "run"]
+
+COMMANDS = ("fit", "validate", "test", "predict")
 
 # a config may name the classes of imported packages without their modules
 for _package in ("datamodules", "modules"):
@@ -25,6 +27,15 @@ for _package in ("datamodules", "modules"):
 
 class TaskCLI(LightningCLI):
     """Lightning's CLI with the task in the progress bar, unless the config brings a bar of its own."""
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--methods",
+            type=dict[str, Any] | None,
+            default=None,
+            help="settings for `lightning-cl compare`; unused here",
+        )
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -54,4 +65,5 @@ def run(arguments: Sequence[str]) -> TaskCLI:
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
             trainer_defaults={"max_epochs": -1},
+            parser_kwargs={"exit_on_error": False, **{name: {"exit_on_error": False} for name in COMMANDS}},
         )

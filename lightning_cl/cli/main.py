@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -16,6 +17,8 @@ _LIGHTNING = {"fit", "validate", "test", "predict"}
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; errors a user can mend are one line on standard error and exit status 2.
 
+    With the environment variable ``LIGHTNING_CL_TRACEBACK`` they come with their traceback.
+
     Args:
         arguments: What follows the program's name; ``sys.argv`` if ``None``.
     """
@@ -28,11 +31,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             options = _parser().parse_args(given)
             options.run(options)
-    except (ValueError, FileNotFoundError, ImportError, MisconfigurationException) as error:
-        if "--traceback" in given:
+    except (ValueError, FileNotFoundError, ImportError, MisconfigurationException, argparse.ArgumentError) as error:
+        if "LIGHTNING_CL_TRACEBACK" in os.environ:
             raise
-        print(f"lightning-cl: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"lightning-cl: error: {_in_one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _in_one_line(error: Exception) -> str:
+    """Return the message without what a config's parser says of types that were not meant."""
+    noise = ("Does not validate against", "Subtypes:", "Errors:", "Given value", "- Expected a <class 'NoneType'>")
+    lines = [line.strip() for line in str(error).splitlines()]
+    return " ".join(line.removeprefix("- ") for line in lines if line and not line.startswith(noise))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -27,12 +27,11 @@ def method_classes() -> dict[str, type[ContinualCallback]]:
 
 
 def print_methods() -> None:
-    """Print name, family, paper, needs, state and strategies of every method."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("name", "class", "family", "paper", "needs", "state", "strategies", show_lines=True)
+    """Print name, class, family, paper, needs, state and strategies of every method, one line each."""
+    rows = [("name", "class", "family", "paper", "needs", "state", "strategies")]
     for name, kind in method_classes().items():
         card: MethodCard = kind.__dict__["card"]
-        table.add_row(name, kind.__name__, card.family, card.paper, card.needs, card.state, card.strategies)
-    Console().print(table)
+        rows.append((name, kind.__name__, card.family, card.paper, card.needs, card.state, card.strategies))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -156,7 +156,7 @@ class OutputCapture:
         """
         if self.found is None:
             raise ValueError(
-                f"No class scores were seen in a step of {type(self._pl_module).__name__}. Name the submodule that gives"
+                f"No class scores were seen in a step of {type(self._pl_module).__name__}. Name the submodule giving"
                 " them, such as `logits='model.head'`."
             )
         return self.found

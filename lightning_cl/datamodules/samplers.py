@@ -141,7 +141,8 @@ class EvaluationSampler(_RankSampler):
     """Batches of an evaluation set in order, each sample once over all ranks, as many batches on every rank.
 
     Ranks may differ by one sample in a batch but never in the number of batches, so that sharded models, which
-    communicate in every forward, do not wait for each other.
+    communicate in every forward, do not wait for each other, and no batch is empty. A set of fewer samples than ranks
+    is therefore repeated, which is the only case where a sample is read twice.
     """
 
     def __init__(self, rows: np.ndarray, *, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
@@ -150,13 +151,15 @@ class EvaluationSampler(_RankSampler):
         self.batch_size = batch_size
 
     def __len__(self) -> int:
-        return -(-len(self.rows) // (self.batch_size * self.world_size))
+        batches = -(-len(self.rows) // (self.batch_size * self.world_size))
+        # in batches of one sample a rank with one sample fewer would run out of them
+        return min(batches, max(len(self.rows) // self.world_size, 1))
 
-    def __iter__(self) -> Iterator[BatchIndex]:
-        mine = self.rows[self.rank :: self.world_size]
+    def __iter__(self) -> Iterator[BatchIndex]:  # type: ignore[override]
         if self.world_size == 1:
-            for batch, start in enumerate(range(0, len(mine), self.batch_size)):
-                yield BatchIndex(mine[start : start + self.batch_size], derived_seed("evaluate", batch))
+            for batch, start in enumerate(range(0, len(self.rows), self.batch_size)):
+                yield BatchIndex(self.rows[start : start + self.batch_size], derived_seed("evaluate", batch))
             return
+        mine = self.rows[self.rank % max(len(self.rows), 1) :: self.world_size]
         for batch, part in enumerate(np.array_split(mine, len(self))):
             yield BatchIndex(part, derived_seed("evaluate", batch, self.rank))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -130,21 +132,18 @@ def test_large_groups_refill_their_queue_of_candidates(team):
         assert held.intersection(members) == set(members[:size])
 
 
-def test_draw_is_reproducible_and_differs_by_seed_rank_step_and_stream(team):
+def test_draw_is_reproducible_and_differs_by_seed_rank_step_and_stream():
     """A pure function: the same arguments give the same samples in the same order."""
-    ranks = team(2, 60)
-    ranks.insert(torch.arange(100))
-    first, second = ranks.buffers
-    drawn = {
-        (step, stream): tuple(first.draw(10, step=step, stream=stream).sample_ids.tolist())
-        for step in range(3)
-        for stream in range(2)
-    }
-    assert len(set(drawn.values())) == 6
-    assert tuple(first.draw(10, step=1).sample_ids.tolist()) == drawn[1, 0]
-    places = [buffer.draw(10, step=0).sample_ids for buffer in (first, second)]
-    slots = [[b.sample_ids.tolist().index(i) for i in p] for b, p in zip((first, second), places, strict=True)]
-    assert slots[0] != slots[1]
+
+    def draw(seed: int, rank: int, step: int, stream: int) -> tuple[int, ...]:
+        buffer = ReplayBuffer(100, rank=rank, world_size=2, seed=seed)
+        columns, owners = {"x": torch.zeros(50)}, torch.arange(100) // 50
+        buffer.insert(columns, torch.arange(100), labels=None, task=0, owners=owners)
+        return tuple((buffer.draw(10, step=step, stream=stream).sample_ids % 50).tolist())
+
+    cases = list(itertools.product(range(2), repeat=4))
+    assert len({draw(*case) for case in cases}) == len(cases)
+    assert [draw(*case) for case in cases] == [draw(*case) for case in cases]
 
 
 def test_draw_is_uniform_without_replacement():

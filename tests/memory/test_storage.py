@@ -157,7 +157,8 @@ def bytes_of(buffer: ReplayBuffer) -> bytes:
     torch.save(buffer.state_dict(), saved)
     arrays = [a for c in buffer.storage._columns.values() for a in getattr(c, "_chunks", [getattr(c, "_raw", None)])]
     files = [f.read_bytes() for f in Path().rglob("*.bin")]
-    return b"".join([saved.getvalue(), *(a.tobytes() for a in arrays if a is not None), *files])
+    lists = [repr(getattr(c, "_items", "")).encode() for c in buffer.storage._columns.values()]
+    return b"".join([saved.getvalue(), *(a.tobytes() for a in arrays if a is not None), *lists, *files])
 
 
 @pytest.mark.parametrize("victim", [0, 3, 7])
@@ -180,6 +181,28 @@ def test_purge_overwrites_the_bytes(storage, victim):
     assert torch.equal(drawn(buffer, "image"), image[left])
     assert [t.tolist() for t in drawn(buffer, "tokens")] == [tokens[i].tolist() for i in left]
     assert drawn(buffer, "text") == [text[i] for i in left]
+
+
+def test_nothing_is_left_where_rows_have_been():
+    """Rows move when gaps are closed and when arrays grow; every array that was ever used is zero in the end."""
+    arrays = []
+
+    class RememberingStorage(MemoryStorage):
+        def _allocator(self):
+            return lambda count: arrays.append(np.zeros(count, dtype=np.uint8)) or arrays[-1]
+
+    buffer = ReplayBuffer(4000, storage=RememberingStorage())
+    for start in range(0, 4000, 100):
+        tokens = [torch.full((60 + i % 50,), 7) for i in range(100)]
+        fill(buffer, start, {"image": torch.full((100, 700), 7, dtype=torch.uint8), "tokens": tokens})
+    assert [len(a) > 0 for a in arrays].count(True) > 3
+    for ids in torch.randperm(4000).split(500):
+        assert sum(np.count_nonzero(a) for a in arrays) == sum(
+            700 + len(row) for row in drawn(buffer, "tokens")
+        )  # every stored number is a 7, in one byte that is not 0
+        buffer.purge(ids)
+        buffer.state_dict()
+    assert not any(a.any() for a in arrays)
 
 
 def test_samples_that_leave_are_overwritten_too(storage):
