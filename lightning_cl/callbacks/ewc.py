@@ -13,7 +13,7 @@ from typing_extensions import override
 from lightning_cl.callbacks.fisher import Estimator, FisherEstimator
 from lightning_cl.core.batches import BatchAdapter
 from lightning_cl.core.card import MethodCard
-from lightning_cl.core.checks import check_positive, select_parameters
+from lightning_cl.core.checks import check_choice, check_gradients, check_positive, select_parameters
 from lightning_cl.core.events import ContinualCallback
 from lightning_cl.core.rng import derived_seed
 from lightning_cl.core.state import ParameterState, local
@@ -21,6 +21,9 @@ from lightning_cl.core.task import Task
 from lightning_cl.functional.ewc import ewc_gradient_, ewc_penalty, merge_online_, merge_separate_
 
 __all__ = ["EWC"]
+
+# parameters, anchors and Fisher terms that one optimizer steps, matched by position
+_Owned = tuple[list[torch.nn.Parameter], list[Tensor], list[Tensor]]
 
 
 class EWC(ContinualCallback):
@@ -79,8 +82,7 @@ class EWC(ContinualCallback):
         batch_adapter: BatchAdapter | None = None,
     ) -> None:
         check_positive("strength", strength)
-        if mode not in ("online", "separate"):
-            raise ValueError(f"`mode` must be 'online' or 'separate', got {mode!r}.")
+        check_choice("mode", mode, ("online", "separate"))
         if not 0 <= decay <= 1:
             raise ValueError(f"`decay` must be from 0 to 1, got {decay!r}.")
         if mode == "separate" and decay != 1.0:
@@ -99,13 +101,14 @@ class EWC(ContinualCallback):
         self._anchors = ParameterState()
         self._constant = 0.0
         self._parameters: dict[str, torch.nn.Parameter] = {}
-        self._owned: dict[int, list[str]] = {}
+        self._owned: dict[int, _Owned] = {}
 
     # ------------------------------------------------------------------ set-up
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # here, and not in `setup`: only now are parameters sharded, on their device, and the state restored
+        check_gradients(trainer, pl_module, self)
         self._parameters = select_parameters(pl_module, self.include, self.exclude)
         self._fisher.place(self._parameters, "The Fisher information of `EWC`")
         self._anchors.place(self._parameters, "The anchors of `EWC`")
@@ -125,22 +128,25 @@ class EWC(ContinualCallback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if not self._fisher:
             return
-        names = self._names_of(optimizer)
-        parameters = [self._parameters[name] for name in names]
+        parameters, anchors, fisher = self._owned_by(optimizer)
         for parameter in parameters:
             if parameter.grad is None:
                 # the penalty reaches a weight that this step's loss does not
                 parameter.grad = torch.zeros_like(parameter)
         grads = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
         weights = [local(parameter.detach()) for parameter in parameters]
-        fisher, anchors = [self._fisher[name] for name in names], [self._anchors[name] for name in names]
         ewc_gradient_(grads, weights, anchors, fisher, self.strength)
 
-    def _names_of(self, optimizer: Optimizer) -> list[str]:
+    def _owned_by(self, optimizer: Optimizer) -> _Owned:
         """Return the protected parameters that ``optimizer`` steps; with several optimizers each is penalised once."""
         if id(optimizer) not in self._owned:
             stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-            self._owned[id(optimizer)] = [n for n in self._fisher if id(self._parameters[n]) in stepped]
+            names = [name for name in self._fisher if id(self._parameters[name]) in stepped]
+            self._owned[id(optimizer)] = (
+                [self._parameters[name] for name in names],
+                [self._anchors[name] for name in names],
+                [self._fisher[name] for name in names],
+            )
         return self._owned[id(optimizer)]
 
     def penalty(self) -> Tensor:
@@ -155,12 +161,12 @@ class EWC(ContinualCallback):
     @override
     def on_task_end(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
         new = self.estimator.estimate(trainer, pl_module, self._parameters, derived_seed("fisher", task.index))
+        self._owned = {}
         names = list(self._parameters)
         weights = {name: local(p.detach()).to(new[name].dtype, copy=True) for name, p in self._parameters.items()}
         if not self._fisher:
             self._fisher.set(new, self._parameters)
             self._anchors.set(weights, self._parameters)
-            self._owned = {}
             return
         fisher, added = [self._fisher[name] for name in names], [new[name] for name in names]
         latest = [weights[name] for name in names]

@@ -14,6 +14,7 @@ from torch.nn import Parameter
 
 from lightning_cl.core.batches import BatchAdapter
 from lightning_cl.core.capture import OutputCapture, forward_loss, run_step, undisturbed
+from lightning_cl.core.checks import check_choice
 from lightning_cl.core.distributed import sum_over_ranks_
 from lightning_cl.core.state import shard
 from lightning_cl.core.task_data import task_batches
@@ -46,8 +47,7 @@ class FisherEstimator:
     """
 
     def __init__(self, fisher: Estimator, adapter: BatchAdapter, n_samples: int | None, logits: str | None) -> None:
-        if fisher not in get_args(Estimator):
-            raise ValueError(f"`fisher` must be one of {get_args(Estimator)}, got {fisher!r}.")
+        check_choice("fisher", fisher, get_args(Estimator))
         self.fisher = fisher
         self.adapter = adapter
         self.n_samples = n_samples

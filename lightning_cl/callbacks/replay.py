@@ -13,7 +13,7 @@ from typing_extensions import override
 from lightning_cl.core.batches import BatchAdapter, Column
 from lightning_cl.core.capture import OutputCapture, forward_loss, run_step, silenced, undisturbed
 from lightning_cl.core.card import MethodCard
-from lightning_cl.core.checks import check_automatic_optimization, check_positive
+from lightning_cl.core.checks import check_automatic_optimization, check_choice, check_positive
 from lightning_cl.core.distributed import gather_on_rank_zero, gather_rows
 from lightning_cl.core.events import ContinualCallback, TaskEvents
 from lightning_cl.core.rng import derived_seed
@@ -85,8 +85,7 @@ class ExperienceReplay(ContinualCallback):
         check_positive("weight", weight)
         if batch_size is not None:
             check_positive("batch_size", batch_size)
-        if mode not in ("joint", "separate"):
-            raise ValueError(f"`mode` must be 'joint' or 'separate', got {mode!r}.")
+        check_choice("mode", mode, ("joint", "separate"))
         if mode == "joint" and weight != 1.0:
             raise ValueError(f"`weight={weight}` belongs to `mode='separate'`; a joint forward weighs samples equally.")
         if (storage == "mmap") != (directory is not None):

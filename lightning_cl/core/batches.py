@@ -1,25 +1,27 @@
 """Reading, cutting and joining batches of any common structure.
 
 A batch is a tensor, or tuples, lists, named tuples, mappings and dataclasses of tensors. A *leaf* is a tensor whose
-first dimension is the batch, or a list with one entry per sample (strings, say); it is named by its path, such as
-``"0"`` or ``"inputs.input_ids"``. Everything else in a batch is shared by its samples and left alone.
+first dimension is the batch, or a list or tuple with one plain entry per sample (strings, say); it is named by its
+path, such as ``"0"`` or ``"inputs.input_ids"``. Everything else in a batch is shared by its samples and left alone.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["BatchAdapter", "Column"]
+__all__ = ["BatchAdapter", "Column", "own_mapping"]
 
 Column = Tensor | list[Any]
 _LABEL_KEYS = ("labels", "label", "targets", "target", "y")
 _IGNORED_LABEL = -100
+_PLAIN = (str, bytes, int, float, bool, type(None))
 
 
 class BatchAdapter:
@@ -28,8 +30,8 @@ class BatchAdapter:
     Args:
         inputs: Path of the inputs, such as ``"0"`` or ``"pixel_values"``; by default the first element of a tuple or
             list, and a whole mapping without its labels.
-        labels: Path of the labels; by default the second element of a tuple or list, and the first of ``labels``,
-            ``label``, ``targets``, ``target``, ``y`` in a mapping.
+        labels: Path of the labels; by default the first of ``labels``, ``label``, ``targets``, ``target``, ``y`` among
+            the names of a mapping, dataclass or named tuple, else the second element of a tuple or list.
 
     Example:
         >>> adapter = BatchAdapter()
@@ -61,7 +63,8 @@ class BatchAdapter:
     def columns(self, batch: Any) -> dict[str, Column]:
         """Return the leaves that have one entry per sample, by their paths."""
         size = self.size(batch)
-        return {path: leaf for path, leaf in _leaves(batch).items() if _is_column(leaf, size)}
+        leaves = {path: leaf for path, leaf in _leaves(batch).items() if _is_column(leaf, size)}
+        return {path: leaf if isinstance(leaf, Tensor) else list(leaf) for path, leaf in leaves.items()}
 
     def select(self, batch: Any, indices: Sequence[int] | slice) -> Any:
         """Return the batch of the samples at ``indices``."""
@@ -73,7 +76,7 @@ class BatchAdapter:
                 return leaf
             if isinstance(leaf, Tensor):
                 return leaf[indices] if isinstance(indices, slice) else leaf[list(indices)]
-            return [leaf[row] for row in rows]
+            return type(leaf)(leaf[row] for row in rows)
 
         return _map(batch, cut)
 
@@ -86,7 +89,7 @@ class BatchAdapter:
         Raises:
             ValueError: If ``columns`` lacks a leaf of the batch.
         """
-        size = self.size(batch)
+        size, labels = self.size(batch), self._labels_path(batch)
 
         def append(path: str, leaf: Any) -> Any:
             if not _is_column(leaf, size):
@@ -98,8 +101,8 @@ class BatchAdapter:
                 )
             rows = columns[path]
             if not isinstance(leaf, Tensor):
-                return [*leaf, *rows]
-            filler = _IGNORED_LABEL if self._is_label_path(path) and not leaf.is_floating_point() else 0
+                return type(leaf)([*leaf, *rows])
+            filler = _IGNORED_LABEL if path == labels and not leaf.is_floating_point() else 0
             return _concatenate(leaf, rows, filler)
 
         return _map(batch, append)
@@ -124,12 +127,12 @@ class BatchAdapter:
     def _labels_path(self, batch: Any) -> str | None:
         if self.labels_path is not None:
             return self.labels_path
-        if isinstance(batch, Mapping):
-            return next((key for key in _LABEL_KEYS if key in batch), None)
+        fields: Sequence[str] = getattr(batch, "_fields", ())  # of a named tuple, whose paths are positions
+        names = fields or [name for name, _ in _children(batch) or ()]
+        found = next((key for key in _LABEL_KEYS if key in names), None)
+        if found is not None:
+            return str(fields.index(found)) if fields else found
         return "1" if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
-
-    def _is_label_path(self, path: str) -> bool:
-        return path == self.labels_path if self.labels_path is not None else path in (*_LABEL_KEYS, "1")
 
     @staticmethod
     def _leaf(batch: Any, path: str, setting: str) -> Any:
@@ -139,11 +142,20 @@ class BatchAdapter:
         return leaves[path]
 
 
+def own_mapping(batch: Any) -> Any:
+    """Return ``batch`` for a step that may take keys out of it (``batch.pop("labels")``): a mapping as a copy."""
+    return copy.copy(batch) if isinstance(batch, MutableMapping) else batch
+
+
 def _children(node: Any) -> list[tuple[str, Any]] | None:
     """Return the named children of a container, ``None`` for a leaf."""
     if isinstance(node, Mapping):
         return [(str(key), value) for key, value in node.items()]
-    if isinstance(node, tuple) or (isinstance(node, list) and any(isinstance(value, Tensor) for value in node)):
+    if isinstance(node, tuple):
+        # torch's collate function makes a tuple of the strings of a batch
+        is_leaf = len(node) > 0 and all(isinstance(value, _PLAIN) for value in node) and not hasattr(node, "_fields")
+        return None if is_leaf else [(str(position), value) for position, value in enumerate(node)]
+    if isinstance(node, list) and any(isinstance(value, Tensor) for value in node):
         return [(str(position), value) for position, value in enumerate(node)]
     if dataclasses.is_dataclass(node) and not isinstance(node, type):
         return [(field.name, getattr(node, field.name)) for field in dataclasses.fields(node)]
@@ -178,7 +190,7 @@ def _map(node: Any, function: Callable[[str, Any], Any], prefix: str = "") -> An
 def _is_column(leaf: Any, size: int) -> bool:
     if isinstance(leaf, Tensor):
         return leaf.ndim > 0 and len(leaf) == size
-    return isinstance(leaf, list) and len(leaf) == size
+    return isinstance(leaf, (list, tuple)) and len(leaf) == size
 
 
 def _concatenate(first: Tensor, rows: Column, filler: int) -> Tensor:

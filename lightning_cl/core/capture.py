@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +14,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_cl.core.batches import BatchAdapter
+from lightning_cl.core.batches import BatchAdapter, own_mapping
 from lightning_cl.core.rng import isolated_rng
 from lightning_cl.core.step import loss_of, user_training_step
 
@@ -39,31 +41,43 @@ def silenced(pl_module: LightningModule) -> Iterator[None]:
 def undisturbed(pl_module: LightningModule, seed: int) -> Iterator[None]:
     """Run the module in evaluation mode and leave no trace of it.
 
-    ``self.log`` is silent, torchmetrics and buffers keep their values, the training flags of all submodules and the
-    random generators come back as they were, and autocast is off, because squared gradients underflow in half
-    precision.
+    ``self.log`` is silent; torchmetrics, buffers, attributes that hold plain values (a list of the epoch's losses, a
+    counter), the training flags of all submodules and the random generators come back as they were. Autocast is off,
+    because squared gradients underflow in half precision, and compiled code runs uncompiled, because it calls no hooks.
 
     Args:
         pl_module: The user's module.
         seed: Seeds the generators inside the block.
     """
-    training = {module: module.training for module in pl_module.modules()}
-    metrics = [module for module in pl_module.modules() if isinstance(module, Metric)]
+    modules = list(pl_module.modules())
+    metrics = [module for module in modules if isinstance(module, Metric)]
     saved_metrics = [{key: _copy(value) for key, value in metric.metric_state.items()} for metric in metrics]
     updates = [(metric._update_count, metric._computed, metric._forward_cache) for metric in metrics]
-    buffers = {name: buffer.detach().clone() for name, buffer in pl_module.named_buffers()}
+    buffers = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in modules
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    # the training flag is one of them
+    values = [(module, *saved) for module in modules if not isinstance(module, Metric) for saved in _plain_values(module)]
     pl_module.eval()
     device = pl_module.device.type
     try:
-        with silenced(pl_module), isolated_rng(seed), torch.enable_grad(), torch.autocast(device, enabled=False):
+        with (
+            silenced(pl_module),
+            isolated_rng(seed),
+            torch.enable_grad(),
+            torch.autocast(device, enabled=False),
+            torch.compiler.set_stance("force_eager"),
+        ):
             yield
     finally:
-        for module, flag in training.items():
-            module.training = flag
+        for module, name, value, content in values:
+            module.__dict__[name] = _refilled(value, content)
         with torch.no_grad():
-            for name, buffer in pl_module.named_buffers():
-                if name in buffers:
-                    buffer.copy_(buffers[name])
+            for module, name, buffer, content in buffers:
+                module._buffers[name] = buffer.copy_(content)
         for metric, state, update in zip(metrics, saved_metrics, updates, strict=True):
             for key, value in state.items():
                 setattr(metric, key, value)
@@ -83,9 +97,10 @@ def forward_loss(pl_module: LightningModule, batch: Any, batch_idx: int = 0) -> 
     Raises:
         ValueError: If the module returns no loss.
     """
-    step = user_training_step(pl_module)
+    step, batch = user_training_step(pl_module), own_mapping(batch)
     takes_index = is_param_in_hook_signature(step, "batch_idx", min_args=2)
-    loss = loss_of(step(batch, batch_idx) if takes_index else step(batch))
+    with _default_dtype_of_training(pl_module):
+        loss = loss_of(step(batch, batch_idx) if takes_index else step(batch))
     if loss is None:
         raise ValueError(
             f"`{type(pl_module).__name__}.training_step` returned no loss: there is no gradient to measure."
@@ -168,10 +183,20 @@ def run_step(pl_module: LightningModule, batch: Any, adapter: BatchAdapter) -> N
         forward_loss(pl_module, batch)
         return
     inputs = adapter.inputs(batch)
-    if isinstance(inputs, Mapping):
-        pl_module(**inputs)
-    else:
-        pl_module(inputs)
+    with _default_dtype_of_training(pl_module):
+        if isinstance(inputs, Mapping):
+            pl_module(**inputs)
+        else:
+            pl_module(inputs)
+
+
+@contextmanager
+def _default_dtype_of_training(pl_module: LightningModule) -> Iterator[None]:
+    """Let a step make tensors in the dtype of ``precision="bf16-true"`` and its like; autocast stays as it is."""
+    device = pl_module.device.type
+    autocast = torch.is_autocast_enabled(device)
+    with pl_module.trainer.precision_plugin.forward_context(), torch.autocast(device, enabled=autocast):
+        yield
 
 
 def _scores(output: Any) -> Tensor | None:
@@ -181,6 +206,29 @@ def _scores(output: Any) -> Tensor | None:
         if value is None and isinstance(output, Mapping):
             value = output.get("logits")
     return value if isinstance(value, Tensor) and value.ndim >= 2 and value.is_floating_point() else None
+
+
+_CONTAINERS = (list, dict, set, deque)
+_OWN_NAMES = vars(nn.Module()).keys() - {"training"}  # hooks, parameters, submodules
+
+
+def _plain_values(module: nn.Module) -> list[tuple[str, Any, Any]]:
+    """Return attributes of plain values: name, the object, and its content if it is a container."""
+    return [
+        (name, value, copy.copy(value) if isinstance(value, _CONTAINERS) else None)
+        for name, value in vars(module).items()
+        if name not in _OWN_NAMES and (value is None or isinstance(value, (bool, int, float, str, *_CONTAINERS)))
+    ]
+
+
+def _refilled(value: Any, content: Any) -> Any:
+    if isinstance(value, (list, deque)):
+        value.clear()
+        value.extend(content)
+    elif isinstance(value, (dict, set)):
+        value.clear()
+        value.update(content)
+    return value
 
 
 def _copy(value: Any) -> Any:

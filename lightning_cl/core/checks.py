@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -9,7 +10,14 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch.nn import Parameter
 
-__all__ = ["check_automatic_optimization", "check_launcher", "check_positive", "select_parameters"]
+__all__ = [
+    "check_automatic_optimization",
+    "check_choice",
+    "check_gradients",
+    "check_launcher",
+    "check_positive",
+    "select_parameters",
+]
 
 
 def check_launcher(trainer: Trainer) -> None:
@@ -32,8 +40,28 @@ def check_automatic_optimization(pl_module: LightningModule, user: object, setti
 
 def check_positive(name: str, value: Any, *, zero_allowed: bool = False) -> None:
     """Raise ``ValueError`` unless ``value`` is a number above 0 (or at least 0)."""
-    if not (value > 0 or (zero_allowed and value == 0)):
+    if not isinstance(value, (int, float)) or not (value > 0 or (zero_allowed and value == 0)):
         raise ValueError(f"`{name}` must be {'at least' if zero_allowed else 'above'} 0, got {value!r}.")
+
+
+def check_gradients(trainer: Trainer, pl_module: LightningModule, user: object) -> None:
+    """Refuse gradients that a term in ``on_before_optimizer_step`` cannot be added to."""
+    name = type(user).__name__
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is not None and any(getattr(o, "_step_supports_amp_scaling", False) for o in trainer.optimizers):
+        raise ValueError(
+            f"`{name}` adds to gradients before the optimizer's step, but a fused optimizer under fp16 unscales them"
+            " within it. Use `fused=False`, or `precision='bf16-mixed'`."
+        )
+    for path, module in pl_module.named_modules():
+        if getattr(module, "sparse", False) and hasattr(module, "num_embeddings"):
+            raise ValueError(f"`{name}` needs dense gradients: build the embedding {path!r} with `sparse=False`.")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    """Raise ``ValueError`` unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 
 
 def select_parameters(
@@ -44,10 +72,12 @@ def select_parameters(
     Patterns are those of :mod:`fnmatch`: ``"encoder.*"``, ``"*.bias"``.
 
     Raises:
-        ValueError: If a pattern matches no parameter, or nothing trainable is left.
+        ValueError: If a pattern matches no parameter, nothing trainable is left, or a setting is no list.
     """
     names = [name for name, _ in pl_module.named_parameters()]
     for setting, patterns in (("include", include), ("exclude", exclude)):
+        if isinstance(patterns, str):
+            raise ValueError(f"`{setting}` must be a list of patterns, such as {[patterns]}, got {patterns!r}.")
         for pattern in patterns or ():
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise ValueError(

@@ -6,13 +6,21 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
 from lightning_cl.core.rng import isolated_rng
 
-__all__ = ["accept_dataloader_idx", "restore_steps", "run_validation"]
+__all__ = [
+    "accept_dataloader_idx",
+    "average_over_loaders",
+    "check_metrics_apart",
+    "count_exactly",
+    "restore_steps",
+    "run_validation",
+]
 
 _MARK = "_lightning_cl_evaluation"
 
@@ -25,17 +33,21 @@ def accept_dataloader_idx(pl_module: LightningModule) -> None:
     for name in ("validation_step", "test_step"):
         step = getattr(pl_module, name)
         if is_overridden(name, pl_module) and not is_param_in_hook_signature(step, "dataloader_idx"):
-            setattr(pl_module, name, _without_loader(step))
+            setattr(pl_module, name, _without_loader(pl_module, step))
 
 
 def restore_steps(pl_module: LightningModule) -> None:
     """Give the module its own evaluation steps back."""
     for name in ("validation_step", "test_step"):
-        if hasattr(pl_module.__dict__.get(name), _MARK):
+        original = getattr(pl_module.__dict__.get(name), _MARK, None)
+        if original is not None:
             del pl_module.__dict__[name]
+            if getattr(pl_module, name) != original:
+                # the module carried an instance attribute of its own, as a compiled module does
+                setattr(pl_module, name, original)
 
 
-def _without_loader(step: Callable[..., Any]) -> Callable[..., Any]:
+def _without_loader(pl_module: LightningModule, step: Callable[..., Any]) -> Callable[..., Any]:
     takes_index = is_param_in_hook_signature(step, "batch_idx", min_args=2)
 
     # `self` stands for what Lightning skips when it reads the parameter names
@@ -43,9 +55,14 @@ def _without_loader(step: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(read_by_lightning)
     def evaluation_step(batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        if batch_idx == 0 and dataloader_idx > 0:
+            # the module logs one metric object for all loaders, which would go on with the counts of the loader before
+            for result in pl_module.trainer._results.values():  # type: ignore[union-attr]
+                if not result.is_tensor:
+                    result.value.reset()
         return step(batch, batch_idx) if takes_index else step(batch)
 
-    setattr(evaluation_step, _MARK, True)
+    setattr(evaluation_step, _MARK, step)
     return evaluation_step
 
 
@@ -67,3 +84,42 @@ def run_validation(trainer: Trainer) -> None:
         connector._first_loop_iter = first_iteration
         # the loaders of this moment must not serve as those of the epoch's end
         loop._last_val_dl_reload_epoch = float("-inf")
+
+
+def count_exactly(trainer: Trainer) -> None:
+    """Keep the mean over ranks exact where they hold unlike numbers of samples.
+
+    Lightning averages the counts of samples over ranks as integers: 3, 3 and 2 correct of as many would be 4/3.
+    """
+    if trainer.world_size > 1:
+        for result in trainer._results.values():  # type: ignore[union-attr]
+            if result.is_tensor and result.meta.is_mean_reduction:
+                result.cumulated_batch_size = result.cumulated_batch_size.float()
+
+
+def average_over_loaders(trainer: Trainer) -> None:
+    """Give the mean over the loaders under the plain name, so that ``monitor="val_acc"`` finds it after every task.
+
+    Lightning names a value of several loaders ``val_acc/dataloader_idx_0`` and so on.
+    """
+    logged, separator = trainer.callback_metrics, "/dataloader_idx_"
+    loaders = len(trainer.num_val_batches)
+    for name in {key.partition(separator)[0] for key in logged if separator in key} if loaders > 1 else ():
+        keys = [f"{name}{separator}{loader}" for loader in range(loaders)]
+        logged[name] = torch.stack([logged[key] for key in keys if key in logged]).mean()
+
+
+def check_metrics_apart(trainer: Trainer, pl_module: LightningModule, name: str) -> None:
+    """Refuse a module that knows its loaders and yet counts them all by one metric object.
+
+    Raises:
+        ValueError: If so: the score of a loader would be that of all loaders up to it.
+    """
+    results = trainer._results.values()  # type: ignore[union-attr]
+    objects = [id(result.value) for result in results if result.meta.name == name and not result.is_tensor]
+    if len(set(objects)) < len(objects) and not hasattr(pl_module.__dict__.get("validation_step"), _MARK):
+        raise ValueError(
+            f"`{type(pl_module).__name__}.validation_step` logs {name!r} by one torchmetrics object for all loaders, which"
+            " adds up what belongs to different tasks. Keep one object for each `dataloader_idx`, or leave that argument"
+            " out of `validation_step`: the object is then reset for each loader."
+        )

@@ -10,14 +10,15 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_cl.core.checks import check_launcher
 from lightning_cl.core.distributed import gather_on_rank_zero, rank
-from lightning_cl.core.evaluation import accept_dataloader_idx, restore_steps
+from lightning_cl.core.evaluation import accept_dataloader_idx, average_over_loaders, count_exactly, restore_steps
+from lightning_cl.core.head import check_head
 from lightning_cl.core.rng import derived_seed, isolated_rng, rng_state, set_rng_state
 from lightning_cl.core.step import StepPipeline
 from lightning_cl.core.task import Task
@@ -102,6 +103,7 @@ class TaskEvents(Callback):
         self._restored = False
         self._trained = False
         self._stream: TaskStream | None = None
+        self._task_before: Any = None
 
     @staticmethod
     def attach(trainer: Trainer) -> TaskEvents:
@@ -127,7 +129,7 @@ class TaskEvents(Callback):
             accept_dataloader_idx(pl_module)
         if stage != "fit":
             return
-        if self._stream is not None and self._stream.hides_boundaries:
+        if self._hidden:
             for callback in _continual(trainer):
                 if callback.boundaries == "required":
                     raise ValueError(
@@ -135,6 +137,8 @@ class TaskEvents(Callback):
                         " task boundaries. Use a method that needs none (such as `ExperienceReplay` with"
                         " `policy='reservoir'`), or a scenario that shows them."
                     )
+        if self._stream is not None:
+            _adjust_monitors(trainer, self._stream)
         StepPipeline.attach(trainer, pl_module, _continual(trainer))
 
     @override
@@ -143,12 +147,18 @@ class TaskEvents(Callback):
         restore_steps(pl_module)
 
     @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        # Lightning calls no teardown then, and the module may be fitted again, by a Trainer without callbacks of ours
+        self.teardown(trainer, pl_module, "fit")
+
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._trained = True
         if trainer.ckpt_path and not self._restored:
             self._refuse_checkpoint(trainer, [c for c in _continual(trainer) if c.needs_state])
-        for callback in _continual(trainer):
-            self.completed_tasks = max(self.completed_tasks, callback.completed_tasks)
+        if not self._restored:
+            for callback in _continual(trainer):
+                self.completed_tasks = max(self.completed_tasks, callback.completed_tasks)
         if self._rng is not None:
             set_rng_state(self._rng)
             if self._stream is None:
@@ -158,6 +168,7 @@ class TaskEvents(Callback):
         if self.running and self._stream is not None:
             # resumed inside a task: only its index was in the checkpoint
             self._open_task(trainer, pl_module)
+        check_head(trainer, pl_module)
 
     # ------------------------------------------------------------------ events
 
@@ -195,10 +206,22 @@ class TaskEvents(Callback):
             self._close_task(trainer, pl_module)
 
     @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # a module's `on_train_batch_start` that skips the rest of an epoch skips the end of its last batch too
+        if self._stream is not None and self.running and trainer.is_last_batch:
+            if self._stream.ends_task(trainer.current_epoch):
+                self._close_task(trainer, pl_module)
+
+    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # early stopping: without a stream, the end of the fit is the end of its task
         if self._stream is None and self.running:
             self._close_task(trainer, pl_module)
+        elif self._stream is not None and trainer.should_stop and trainer.current_epoch < (trainer.max_epochs or 0):
+            rank_zero_warn(
+                f"The fit was stopped in {self.task}, by `EarlyStopping` or another callback: it stops the stream, not"
+                " the task, so the tasks after it were not learned."
+            )
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -215,7 +238,7 @@ class TaskEvents(Callback):
             task = self._stream.task_of_epoch(trainer.current_epoch)
         resumed = self.running and self.task is not None and self.task.index == task.index
         self.task, self.running = task, True
-        pl_module.current_task = task  # type: ignore[assignment]
+        pl_module.current_task = None if self._hidden else task  # type: ignore[assignment]
         if not resumed:
             self._tell("on_task_start", trainer, pl_module, task)
 
@@ -227,12 +250,16 @@ class TaskEvents(Callback):
         for callback in _continual(trainer):
             callback.completed_tasks = self.completed_tasks
 
+    @property
+    def _hidden(self) -> bool:
+        return self._stream is not None and self._stream.hides_boundaries
+
     def _plain_task(self) -> Task:
         index = self.completed_tasks
         return Task(index=index, name=f"fit {index + 1}")
 
     def _tell(self, hook: str, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
-        hidden = self._stream is not None and self._stream.hides_boundaries
+        hidden = self._hidden
         for callback in _continual(trainer):
             if not hidden or callback.boundaries == "evaluation":
                 getattr(callback, hook)(trainer, pl_module, task)
@@ -248,6 +275,14 @@ class TaskEvents(Callback):
             pl_module.current_task = self._stream.evaluated_tasks()[dataloader_idx]  # type: ignore[assignment]
 
     @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._task_before = getattr(pl_module, "current_task", None)
+
+    @override
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._task_before = getattr(pl_module, "current_task", None)
+
+    @override
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
@@ -260,8 +295,27 @@ class TaskEvents(Callback):
         self._reveal(pl_module, dataloader_idx)
 
     @override
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if self._stream is not None:
+            count_exactly(trainer)
+
+    @override
+    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if self._stream is not None:
+            count_exactly(trainer)
+
+    @override
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._stream is not None:
+            average_over_loaders(trainer)
+
+    @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        pl_module.current_task = self.task  # type: ignore[assignment]
+        pl_module.current_task = self._task_before
+
+    @override
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pl_module.current_task = self._task_before
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -287,6 +341,8 @@ class TaskEvents(Callback):
             return
         state = checkpoint[_CHECKPOINT_KEY]
         self.running, self.completed_tasks = state["running"], state["completed_tasks"]
+        for callback in _continual(trainer):
+            callback.completed_tasks = self.completed_tasks
         if state["task"] is not None:
             self.task = Task(index=state["task"], name=f"fit {state['task'] + 1}")
         ranks = state["rng"]
@@ -309,3 +365,17 @@ class TaskEvents(Callback):
 def _continual(trainer: Trainer) -> list[ContinualCallback]:
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return [callback for callback in callbacks if isinstance(callback, ContinualCallback)]
+
+
+def _adjust_monitors(trainer: Trainer, stream: TaskStream) -> None:
+    """Let checkpoints with a monitor save after evaluations, and refuse what would end the stream after a task."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
+        if isinstance(callback, EarlyStopping) and (stream.task_of_epoch(0).num_tasks or 0) > 1:
+            raise ValueError(
+                f"`{type(callback).__name__}` would end the whole stream, not the task at hand. Leave it out and set"
+                " `epochs_per_task` or `steps_per_task`, or run one `fit` per task with plain loaders."
+            )
+        if isinstance(callback, ModelCheckpoint) and callback.monitor and callback._save_on_train_epoch_end is None:
+            # most epochs of a stream end without an evaluation, so with the score of an earlier one or with none
+            callback._save_on_train_epoch_end = False

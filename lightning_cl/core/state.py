@@ -58,21 +58,11 @@ class ParameterState(Mapping[str, Tensor]):
             ValueError: If the state holds a parameter that the module lacks, or one of another shape, or lacks one.
         """
         if self._restored is not None:
-            if missing := parameters.keys() - self._restored.keys():
-                raise ValueError(
-                    f"{owner} in the checkpoint has no entry for {sorted(missing)[:3]}: these parameters would train"
-                    " unprotected. Resume with the model and the `include`/`exclude` settings of the saved run."
-                )
-            for name, value in self._restored.items():
-                if name not in parameters or parameters[name].shape != value.shape:
-                    found = tuple(parameters[name].shape) if name in parameters else "no such parameter"
-                    raise ValueError(
-                        f"{owner} in the checkpoint has {name!r} of shape {tuple(value.shape)}, the module has {found}."
-                        " Resume with the model of the saved run."
-                    )
+            _check_match(self._restored, parameters, owner)
             self.set({name: shard(self._restored[name], p) for name, p in parameters.items()}, parameters)
             self._restored = None
         elif self._local:
+            _check_match(self._like, parameters, owner)
             # a later fit may have moved the module to another device
             self.set({name: value.to(parameters[name].device) for name, value in self._local.items()}, parameters)
 
@@ -86,6 +76,21 @@ class ParameterState(Mapping[str, Tensor]):
         """Take what :meth:`state_dict` returned; it is placed by :meth:`place`."""
         self._restored = {name: torch.as_tensor(value) for name, value in state.items()} or None
         self._local = {}
+
+
+def _check_match(kept: Mapping[str, Tensor], parameters: Mapping[str, Tensor], owner: str) -> None:
+    if missing := parameters.keys() - kept.keys():
+        raise ValueError(
+            f"{owner} has no entry for {sorted(missing)[:3]}: these parameters would train unprotected. Go on with the"
+            " model, the trainable parameters and the `include`/`exclude` settings of the run before."
+        )
+    for name, value in kept.items():
+        if name not in parameters or parameters[name].shape != value.shape:
+            found = tuple(parameters[name].shape) if name in parameters else "no such trainable parameter"
+            raise ValueError(
+                f"{owner} has {name!r} of shape {tuple(value.shape)}, the module has {found}. Go on with the model, the"
+                " trainable parameters and the `include`/`exclude` settings of the run before."
+            )
 
 
 def shard(value: Tensor, parameter: Tensor) -> Tensor:

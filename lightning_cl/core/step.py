@@ -15,6 +15,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from lightning_cl.core.batches import own_mapping
+
 if TYPE_CHECKING:
     from lightning_cl.core.events import ContinualCallback
 
@@ -37,10 +39,13 @@ class StepPipeline:
         original: Callable[..., Any] = pl_module.training_step
 
         def training_step(batch: Any, *rest: Any) -> Any:
+            if not trainer.training:
+                # a `validation_step` that calls its `training_step`
+                return original(batch, *rest)
             batch_idx = trainer.fit_loop.batch_idx
             for transform in transforms:
                 batch = transform(trainer, pl_module, batch, batch_idx)
-            outputs = original(batch, *rest)
+            outputs = original(own_mapping(batch), *rest)
             for term in terms:
                 extra = term(trainer, pl_module, batch, batch_idx, outputs)
                 if extra is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
 
@@ -59,8 +60,11 @@ def task_batches(
     loaders = combined.flattened
     source = iter(loaders[0]) if len(loaders) == 1 else (batch for batch, _, _ in iter(combined))
     read, wanted = 0, float("inf") if n_samples is None else -(-n_samples // world_size())
-    for number, batch in enumerate(source):
-        if number >= trainer.num_training_batches or read >= wanted:
+    # a loader without length may have no end: as many batches as this epoch had
+    unknown = trainer.num_training_batches == float("inf")
+    batches = trainer.fit_loop.batch_idx + 1 if unknown else int(trainer.num_training_batches)
+    for batch in itertools.islice(source, batches):
+        if read >= wanted:
             return
         size = adapter.size(batch)
         if read + size > wanted:

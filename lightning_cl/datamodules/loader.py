@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_cl.core.batches import BatchAdapter
 from lightning_cl.core.rng import isolated_rng
 from lightning_cl.datamodules.batches import BatchReader
 from lightning_cl.datamodules.samplers import BatchIndex, EvaluationSampler, TaskSampler
@@ -26,7 +27,8 @@ class BatchDataset(Dataset[Any]):
 
     Args:
         reader: Reads the batch of given rows.
-        transform: Applied to the inputs of the batch (the first element, or every floating-point leaf of a mapping).
+        transform: Applied to the inputs of the batch: the first element of a tuple, or every floating-point leaf of a
+            mapping but its labels.
     """
 
     def __init__(self, reader: BatchReader, transform: Callable[[Tensor], Tensor] | None = None) -> None:
@@ -58,7 +60,8 @@ class TaskLoader(DataLoader[Any]):
             batch_size=None,
             num_workers=num_workers,
             collate_fn=_as_read,
-            persistent_workers=num_workers > 0,
+            # an evaluation has a loader for each task: their workers must not all live at once
+            persistent_workers=num_workers > 0 and isinstance(sampler, TaskSampler),
             # a generator of its own: starting workers must not move the global one
             generator=torch.Generator(),
             **options,
@@ -88,11 +91,20 @@ def _transform_inputs(batch: Any, transform: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(batch, Tensor):
         return transform(batch)
     if isinstance(batch, (tuple, list)):
-        rest = list(batch)
-        rest[0] = transform(rest[0])
-        return type(batch)(rest)
+        first = transform(batch[0])
+        if hasattr(batch, "_replace"):
+            return batch._replace(**{batch._fields[0]: first})
+        return type(batch)([first, *batch[1:]])
+    if not isinstance(batch, Mapping):
+        raise ValueError(
+            f"The scenario transforms the inputs of a task, which it cannot find in a batch of type"
+            f" {type(batch).__name__}. Return a tensor, a tuple or a mapping from `collate_fn`."
+        )
+    labels = BatchAdapter().labels(batch)
     return {
-        key: transform(value) if isinstance(value, Tensor) and value.is_floating_point() else value
+        key: transform(value)
+        if isinstance(value, Tensor) and value.is_floating_point() and value is not labels
+        else value
         for key, value in batch.items()
     }
 

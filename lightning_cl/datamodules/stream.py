@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
-from lightning_cl.core.checks import check_positive
+from lightning_cl.core.checks import check_choice, check_positive
 from lightning_cl.core.events import TaskEvents
 from lightning_cl.core.rng import derived_seed
 from lightning_cl.core.task import Task
@@ -105,12 +105,8 @@ class TaskStreamDataModule(LightningDataModule):
                 )
         if evaluate_every_n_epochs is not None:
             check_positive("evaluate_every_n_epochs", evaluate_every_n_epochs)
-        for setting, value, known in (
-            ("evaluate", evaluate, ("seen", "all", "current")),
-            ("optimizer_policy", optimizer_policy, ("keep", "reset_state", "rebuild")),
-        ):
-            if value not in known:
-                raise ValueError(f"`{setting}` must be one of {known}, got {value!r}.")
+        check_choice("evaluate", evaluate, ("seen", "all", "current"))
+        check_choice("optimizer_policy", optimizer_policy, ("keep", "reset_state", "rebuild"))
         if not isinstance(scenario, Scenario):
             raise ValueError(f"`scenario` must be a scenario such as `ClassIncremental(n_tasks=5)`, got {scenario!r}.")
         self.sources = {"train": train, "val": val, "test": test}
@@ -346,7 +342,7 @@ class TaskStreamDataModule(LightningDataModule):
         return [
             TaskLoader(
                 self._dataset(name, self.plan.part_plans[task.index]),
-                EvaluationSampler(rows[task.index], batch_size=self.batch_size, **self._ranks()),
+                EvaluationSampler(rows[task.index], batch_size=self.batch_size, fill_up=True, **self._ranks()),
                 num_workers=self.num_workers,
             )
             for task in tasks

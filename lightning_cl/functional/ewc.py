@@ -17,7 +17,7 @@ from torch import Tensor
 
 __all__ = ["ewc_gradient_", "ewc_penalty", "merge_online_", "merge_separate_"]
 
-# 4 MB of float32: larger scratch is fresh memory on each call, and its page faults cost more than the arithmetic
+# 4 MB of float32: a larger difference is fresh memory on each call, and its page faults cost more than the arithmetic
 _CPU_BLOCK = 1 << 20
 # 256 MB of float32 beside the gradients, instead of one more copy of all parameters
 _GPU_BUCKET = 1 << 26
@@ -89,15 +89,9 @@ def _gradient_by_loop_(
     fisher: list[Tensor],
     strength: float,
 ) -> None:
-    scratch = anchors[0].new_empty(min(_CPU_BLOCK, max(anchor.numel() for anchor in anchors)))
     for tensors in zip(grads, params, anchors, fisher, strict=True):
         for grad, param, anchor, weight in _blocks(tensors):
-            if grad.numel() <= scratch.numel() and anchor.dtype == scratch.dtype:
-                difference = scratch[: grad.numel()].view(grad.shape)
-                torch.sub(param, anchor, out=difference)
-            else:
-                difference = param - anchor
-            grad.addcmul_(weight, difference, value=strength)
+            grad.addcmul_(weight, param - anchor, value=strength)
 
 
 def _blocks(tensors: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:

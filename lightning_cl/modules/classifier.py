@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from typing_extensions import override
 
 from lightning_cl.core.batches import BatchAdapter
+from lightning_cl.core.checks import check_choice, check_positive
 from lightning_cl.mixins.masked_head import MaskedHead
 
 __all__ = ["Classifier"]
@@ -39,10 +40,8 @@ class Classifier(MaskedHead, LightningModule):
         head_mask: Literal["none", "task", "seen"] = "none",
     ) -> None:
         super().__init__()
-        if not learning_rate > 0:
-            raise ValueError(f"`learning_rate` must be above 0, got {learning_rate!r}.")
-        if optimizer not in ("adam", "adamw", "sgd"):
-            raise ValueError(f"`optimizer` must be 'adam', 'adamw' or 'sgd', got {optimizer!r}.")
+        check_positive("learning_rate", learning_rate)
+        check_choice("optimizer", optimizer, ("adam", "adamw", "sgd"))
         self.network = network
         self.learning_rate = learning_rate
         self.optimizer = optimizer

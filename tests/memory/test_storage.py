@@ -96,6 +96,7 @@ def test_ragged_rows_leave_no_gaps_behind(storage):
     buffer = ReplayBuffer(5, "ring", storage)
     for i in range(1000):
         fill(buffer, i, {"tokens": [torch.full((1 + i * 7 % 1000,), i)]})
+    assert len(buffer.storage._columns["tokens"]._raw) == 2**20  # all rows together have 4 MB
     assert [len(row) for row in drawn(buffer, "tokens")] == [1 + i * 7 % 1000 for i in range(995, 1000)]
     assert all((row == i).all() for i, row in zip(range(995, 1000), drawn(buffer, "tokens"), strict=True))
     (piece,) = buffer.storage.pieces()["tokens"]

@@ -1,0 +1,22 @@
+"""Train on one month after the other: the callbacks keep what was learned."""
+
+from lightning.pytorch import Trainer, seed_everything
+from project import MONTHS, DigitClassifier, DigitsDataModule
+
+from lightning_cl import EWC, ExperienceReplay
+
+QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+
+
+def main(epochs: int = 10) -> list[float]:
+    seed_everything(0)
+    model = DigitClassifier()
+    callbacks = [EWC(strength=10.0), ExperienceReplay(capacity=100, policy="class_balanced")]
+    for month in range(MONTHS):
+        trainer = Trainer(accelerator="cpu", max_epochs=epochs, callbacks=callbacks, **QUIET)
+        trainer.fit(model, DigitsDataModule(month))
+    return [trainer.test(model, DigitsDataModule(month), verbose=False)[0]["test_acc"] for month in range(MONTHS)]
+
+
+if __name__ == "__main__":
+    print("accuracy on each month:", [round(score, 2) for score in main()])

@@ -1,0 +1,71 @@
+"""A check before training: every label of a stream has a place in the module's head."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from lightning_cl.core.batches import BatchAdapter
+from lightning_cl.core.capture import OutputCapture, move_batch, run_step, undisturbed
+from lightning_cl.core.task import Task
+
+__all__ = ["LabelledStream", "check_head"]
+
+
+@runtime_checkable
+class LabelledStream(Protocol):
+    """A datamodule that knows its labels before training."""
+
+    def largest_label(self) -> tuple[int, Task, Tensor] | None:
+        """Return the largest training label, the first task with it and the identity of a sample, int64 [1]."""
+
+    def fetch(self, sample_ids: Tensor) -> Any:
+        """Read the samples of identities anew, as one batch."""
+
+
+def check_head(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Run the module once, unseen, on the sample with the largest label, and refuse a head without a place for it.
+
+    Only what is certain is refused: the module's own step fails on that sample, and the class scores in it, [1, C], have
+    no more than C = label columns. Modules whose weights are all larger than the label, which step their optimizers
+    themselves, or which may grow at a task's start (a hook ``on_task_start``) are not run at all.
+
+    Raises:
+        ValueError: If the head is too small.
+    """
+    stream = trainer.datamodule  # type: ignore[attr-defined]
+    found = stream.largest_label() if isinstance(stream, LabelledStream) else None
+    if found is None or not pl_module.automatic_optimization or hasattr(pl_module, "on_task_start"):
+        return
+    label, task, sample_id = found
+    if not _has_dimension_up_to(label, pl_module):
+        return
+    previous = getattr(pl_module, "current_task", None)
+    pl_module.current_task = task  # type: ignore[assignment]
+    failure, capture = None, OutputCapture(pl_module)
+    try:
+        with undisturbed(pl_module, seed=0), capture, torch.no_grad():
+            run_step(pl_module, move_batch(trainer, pl_module, stream.fetch(sample_id)), BatchAdapter())
+            if pl_module.device.type == "cuda":
+                torch.cuda.synchronize(pl_module.device)
+    except Exception as error:
+        # what fails for another reason fails in training too, where it can be seen
+        failure = error
+    pl_module.current_task = previous  # type: ignore[assignment]
+    scores = capture.found
+    if failure is not None and scores is not None and scores.ndim == 2 and 1 < scores.shape[1] <= label:
+        raise ValueError(
+            f"The stream has the label {label} ({task}), but the head of `{type(pl_module).__name__}` has"
+            f" {scores.shape[1]} outputs, for labels 0 to {scores.shape[1] - 1}. Give it at least {label + 1}, or number"
+            " the classes from 0 without gaps."
+        ) from failure
+
+
+def _has_dimension_up_to(label: int, pl_module: LightningModule) -> bool:
+    """Return whether a weight is small enough to belong to a head without a place for ``label``."""
+    shapes = [tuple(parameter.shape) for parameter in pl_module.parameters()]
+    # of a convolution only the number of outputs counts, not the size of its kernel
+    return any(1 < size <= label for shape in shapes for size in (shape if len(shape) <= 2 else shape[:1]))
