@@ -138,13 +138,14 @@ def _run_apart(directory: Path) -> str | None:
     if process.exitcode == 0:
         return None
     lines = [line for line in (directory / "log.txt").read_text().splitlines() if line.strip()]
-    return f"{lines[-1] if lines else f'ended with exit code {process.exitcode}'} (see {directory / 'log.txt'})"
+    reason = lines[-1].removeprefix("lightning-cl: error: ") if lines else f"ended with exit code {process.exitcode}"
+    return f"{reason} (see {directory / 'log.txt'})"
 
 
 def _fit(directory: Path) -> None:
-    from lightning_cl.cli.lightning import run
+    from lightning_cl.cli.main import main
 
     with (directory / "log.txt").open("w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-        run(["fit", "--config", str(directory / "compare.yaml")])
+        main(["fit", "--config", str(directory / "compare.yaml")])

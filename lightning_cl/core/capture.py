@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -41,9 +40,9 @@ def silenced(pl_module: LightningModule) -> Iterator[None]:
 def undisturbed(pl_module: LightningModule, seed: int) -> Iterator[None]:
     """Run the module in evaluation mode and leave no trace of it.
 
-    ``self.log`` is silent; torchmetrics, buffers, attributes that hold plain values (a list of the epoch's losses, a
-    counter), the training flags of all submodules and the random generators come back as they were. Autocast is off,
-    because squared gradients underflow in half precision, and compiled code runs uncompiled, because it calls no hooks.
+    ``self.log`` is silent; torchmetrics, buffers, other attributes of all submodules (a list of the epoch's losses, a
+    counter, training flags) and the random generators come back as they were. Autocast is off, because squared
+    gradients underflow in half precision, and compiled code runs uncompiled, because it calls no hooks.
 
     Args:
         pl_module: The user's module.
@@ -59,8 +58,7 @@ def undisturbed(pl_module: LightningModule, seed: int) -> Iterator[None]:
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
-    # the training flag is one of them
-    values = [(module, *saved) for module in modules if not isinstance(module, Metric) for saved in _plain_values(module)]
+    attributes = [_attributes(module) for module in modules]
     pl_module.eval()
     device = pl_module.device.type
     try:
@@ -73,8 +71,8 @@ def undisturbed(pl_module: LightningModule, seed: int) -> Iterator[None]:
         ):
             yield
     finally:
-        for module, name, value, content in values:
-            module.__dict__[name] = _refilled(value, content)
+        for module, saved in zip(modules, attributes, strict=True):
+            _restore_attributes(module, saved)
         with torch.no_grad():
             for module, name, buffer, content in buffers:
                 module._buffers[name] = buffer.copy_(content)
@@ -208,27 +206,26 @@ def _scores(output: Any) -> Tensor | None:
     return value if isinstance(value, Tensor) and value.ndim >= 2 and value.is_floating_point() else None
 
 
-_CONTAINERS = (list, dict, set, deque)
-_OWN_NAMES = vars(nn.Module()).keys() - {"training"}  # hooks, parameters, submodules
+_TORCH_NAMES = vars(nn.Module()).keys() - {"training"}  # hooks, parameters, buffers, submodules
 
 
-def _plain_values(module: nn.Module) -> list[tuple[str, Any, Any]]:
-    """Return attributes of plain values: name, the object, and its content if it is a container."""
-    return [
-        (name, value, copy.copy(value) if isinstance(value, _CONTAINERS) else None)
+def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """Return the attributes of a module by name: each object, and a copy of its content if it is a container."""
+    return {
+        name: (value, copy.copy(value) if isinstance(value, (list, dict, set)) else None)
         for name, value in vars(module).items()
-        if name not in _OWN_NAMES and (value is None or isinstance(value, (bool, int, float, str, *_CONTAINERS)))
-    ]
+        if name not in _TORCH_NAMES
+    }
 
 
-def _refilled(value: Any, content: Any) -> Any:
-    if isinstance(value, (list, deque)):
-        value.clear()
-        value.extend(content)
-    elif isinstance(value, (dict, set)):
-        value.clear()
-        value.update(content)
-    return value
+def _restore_attributes(module: nn.Module, saved: dict[str, tuple[Any, Any]]) -> None:
+    for name in vars(module).keys() - saved.keys() - _TORCH_NAMES:
+        del module.__dict__[name]
+    for name, (value, content) in saved.items():
+        module.__dict__[name] = value
+        if content is not None:
+            value.clear()
+            value.extend(content) if isinstance(value, list) else value.update(content)
 
 
 def _copy(value: Any) -> Any:

@@ -208,20 +208,15 @@ class TaskEvents(Callback):
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # a module's `on_train_batch_start` that skips the rest of an epoch skips the end of its last batch too
-        if self._stream is not None and self.running and trainer.is_last_batch:
-            if self._stream.ends_task(trainer.current_epoch):
-                self._close_task(trainer, pl_module)
+        skipped = self.running and trainer.is_last_batch
+        if skipped and self._stream is not None and self._stream.ends_task(trainer.current_epoch):
+            self._close_task(trainer, pl_module)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # early stopping: without a stream, the end of the fit is the end of its task
         if self._stream is None and self.running:
             self._close_task(trainer, pl_module)
-        elif self._stream is not None and trainer.should_stop and trainer.current_epoch < (trainer.max_epochs or 0):
-            rank_zero_warn(
-                f"The fit was stopped in {self.task}, by `EarlyStopping` or another callback: it stops the stream, not"
-                " the task, so the tasks after it were not learned."
-            )
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

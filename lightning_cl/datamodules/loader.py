@@ -92,9 +92,8 @@ def _transform_inputs(batch: Any, transform: Callable[[Tensor], Tensor]) -> Any:
         return transform(batch)
     if isinstance(batch, (tuple, list)):
         first = transform(batch[0])
-        if hasattr(batch, "_replace"):
-            return batch._replace(**{batch._fields[0]: first})
-        return type(batch)([first, *batch[1:]])
+        rest = [first, *batch[1:]]
+        return type(batch)(*rest) if hasattr(batch, "_fields") else type(batch)(rest)
     if not isinstance(batch, Mapping):
         raise ValueError(
             f"The scenario transforms the inputs of a task, which it cannot find in a batch of type"

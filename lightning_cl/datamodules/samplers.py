@@ -142,23 +142,17 @@ class EvaluationSampler(_RankSampler):
 
     Ranks may differ by one sample in a batch but never in the number of batches, so that sharded models, which
     communicate in every forward, do not wait for each other, and no batch is empty. A set of fewer samples than ranks
-    is therefore repeated, which without ``fill_up`` is the only case where a sample is read twice.
+    is therefore repeated, which is the only case where a sample is read twice.
 
     Args:
         rows: int64 [n], the rows to read.
         batch_size: Samples for each rank and batch, at most.
-        fill_up: Repeat up to ``world_size - 1`` samples from the start, so that every rank reads as many: Lightning's
-            mean of a logged value over ranks is wrong for shares of unequal size.
         rank: This process.
         world_size: All processes.
     """
 
-    def __init__(
-        self, rows: np.ndarray, *, batch_size: int, fill_up: bool = False, rank: int = 0, world_size: int = 1
-    ) -> None:
+    def __init__(self, rows: np.ndarray, *, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
         super().__init__(rank, world_size)
-        if fill_up and len(rows) % world_size:
-            rows = np.resize(rows, len(rows) + -len(rows) % world_size)
         self.rows = rows
         self.batch_size = batch_size
 
@@ -167,7 +161,7 @@ class EvaluationSampler(_RankSampler):
         # in batches of one sample a rank with one sample fewer would run out of them
         return min(batches, max(len(self.rows) // self.world_size, 1))
 
-    def __iter__(self) -> Iterator[BatchIndex]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[BatchIndex]:
         if self.world_size == 1:
             for batch, start in enumerate(range(0, len(self.rows), self.batch_size)):
                 yield BatchIndex(self.rows[start : start + self.batch_size], derived_seed("evaluate", batch))

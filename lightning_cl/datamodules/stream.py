@@ -192,6 +192,16 @@ class TaskStreamDataModule(LightningDataModule):
         labels = self._splits["train"].labels
         return None if labels is None else torch.from_numpy(labels[sample_ids.numpy() % len(labels)])
 
+    def largest_label(self) -> tuple[int, Task, Tensor] | None:
+        """Return the largest label of all tasks, the first task with it and the identity of a sample, int64 [1]."""
+        labels = self._splits["train"].labels
+        if labels is None:
+            return None
+        task = max(reversed(self.tasks), key=lambda task: max(task.classes))
+        rows = self.plan.plans[task.index].indices
+        row = rows[labels[rows].argmax()]
+        return int(labels[row]), task, torch.tensor([row + self._first_id(task.index)])
+
     def fetch(self, sample_ids: Tensor) -> Any:
         """Read the samples of identities anew, as one batch."""
         ids = sample_ids.numpy()
@@ -342,7 +352,7 @@ class TaskStreamDataModule(LightningDataModule):
         return [
             TaskLoader(
                 self._dataset(name, self.plan.part_plans[task.index]),
-                EvaluationSampler(rows[task.index], batch_size=self.batch_size, fill_up=True, **self._ranks()),
+                EvaluationSampler(rows[task.index], batch_size=self.batch_size, **self._ranks()),
                 num_workers=self.num_workers,
             )
             for task in tasks

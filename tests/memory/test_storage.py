@@ -109,6 +109,11 @@ def test_python_values(storage):
     chats = [[{"role": "user", "content": f"hi {i}"}, (i, None, 2.5, True, b"\x00")] for i in range(5)]
     fill(buffer, 0, {"chat": chats})
     assert drawn(buffer, "chat") == chats[2:]
+    file = io.BytesIO()
+    torch.save(buffer.state_dict(), file)
+    file.seek(0)
+    buffer.load_state_dict(torch.load(file, weights_only=True))
+    assert drawn(buffer, "chat") == chats[2:]
     with pytest.raises(ValueError, match=r"`columns\['chat'\]` must be a Tensor, a list of Tensors, or a list of str"):
         fill(buffer, 5, {"chat": [object()]})
 

@@ -1,0 +1,130 @@
+"""The command line, through its entry point."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightning_cl.cli.main import main
+from lightning_cl.cli.methods import method_classes
+
+DEMO = Path(__file__).parents[2] / "examples" / "cli" / "demo.yaml"
+QUICK = [
+    "--data.epochs_per_task=1",
+    "--trainer.logger=false",
+    "--trainer.enable_checkpointing=false",
+    "--trainer.enable_model_summary=false",
+]
+
+
+def fails_with(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Run, expect exit status 2, and return the one line of the error."""
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lightning-cl: error:")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_fit_runs_the_demo_and_names_the_task_in_its_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    """The config of `compare` serves `fit` too; its methods' settings are passed over."""
+    main(["fit", "--config", str(DEMO), *QUICK])
+    output = capsys.readouterr()
+    assert "Task 5/5 (classes 8-9)" in output.out + output.err
+
+
+def test_validate_and_test_run_every_task(capsys: pytest.CaptureFixture[str]) -> None:
+    """Outside of a fit all tasks are evaluated."""
+    quick = [*QUICK, "--trainer.enable_progress_bar=false"]
+    main(["validate", "--config", str(DEMO), *quick])
+    shown = capsys.readouterr().out
+    assert "DataLoader 4" in shown
+    assert "val_acc" in shown
+    main(["test", "--config", str(DEMO), *quick])
+    assert "test_acc" in capsys.readouterr().out
+    main(["predict", "--config", str(DEMO), *quick])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--data.scenario.n_tasks=50", r"`n_tasks=50`.*at most 10"),
+        ("--data.batch_size=0", r"`batch_size` must be above 0, got 0"),
+        ("--data.nonsense=3", "Option 'nonsense' is not accepted"),
+        ("--data.scenario=Nope", "Nope"),
+        ("--trainer.callbacks+=EWC", "strength"),
+    ],
+)
+def test_errors_are_one_line(override: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A wrong setting is named, without a traceback."""
+    line = fails_with(["fit", "--config", str(DEMO), *QUICK, override], capsys)
+    assert re.search(message, line), line
+
+
+def test_methods_lists_every_method_with_its_paper(capsys: pytest.CaptureFixture[str]) -> None:
+    """One line for each, under the heads of the columns."""
+    main(["methods"])
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.split() == ["name", "class", "family", "paper", "needs", "state", "strategies"]
+    assert [row.split()[0] for row in rows] == list(method_classes())
+    assert all("arXiv:" in row for row in rows)
+
+
+def test_compare_runs_methods_and_writes_the_report(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Each run in a process of its own; table, records and page at the end; `report` reads the records again."""
+    config = yaml.safe_load(DEMO.read_text())
+    config["data"]["init_args"].update(epochs_per_task=2)
+    config["methods"]["both"] = {
+        "callbacks": [
+            {"class_path": "EWC", "init_args": {"strength": 10.0}},
+            {"class_path": "ExperienceReplay", "init_args": {"capacity": 60}},
+        ]
+    }
+    (tmp_path / "stream.yaml").write_text(yaml.safe_dump(config))
+    output = tmp_path / "out"
+    main(["compare", str(tmp_path / "stream.yaml"), "--methods=finetune,both,joint", "--jobs=2", f"--output={output}"])
+    table = capfd.readouterr().out
+    assert [name in table for name in ("finetune", "both", "joint", "forgetting")] == [True] * 4
+    assert {path.parent.parent.name for path in output.rglob("record.json")} == {"finetune", "both", "joint"}
+    assert "both" in (output / "report.html").read_text()
+    main(["report", str(output), "--output", str(tmp_path / "again")])
+    assert (tmp_path / "again" / "report.html").stat().st_size > 10_000
+
+
+def test_compare_refuses_what_it_does_not_know(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before any run starts."""
+    assert "known are" in fails_with(["compare", str(DEMO), "--methods", "ewk"], capsys)
+    assert "no config" in fails_with(["compare", str(tmp_path / "none.yaml")], capsys)
+    (tmp_path / "plain.yaml").write_text("model: {}\n")
+    assert "TaskStreamDataModule" in fails_with(["compare", str(tmp_path / "plain.yaml")], capsys)
+    assert "at least 1" in fails_with(["compare", str(DEMO), "--seeds", "0"], capsys)
+
+
+def test_compare_says_which_run_failed_and_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The last line of the run's log, and where the log is."""
+    config = yaml.safe_load(DEMO.read_text())
+    config["methods"]["ewc"] = {"strength": -1.0}
+    (tmp_path / "stream.yaml").write_text(yaml.safe_dump(config))
+    arguments = ["compare", str(tmp_path / "stream.yaml"), "--methods", "ewc", "--output", str(tmp_path / "out")]
+    line = fails_with(arguments, capsys)
+    assert "`strength` must be above 0" in line
+    assert "log.txt" in line
+
+
+def test_report_refuses_a_folder_without_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The folder is named."""
+    assert "record.json" in fails_with(["report", str(tmp_path)], capsys)
+
+
+def test_runs_as_a_module() -> None:
+    """What the package installs as `lightning-cl`."""
+    done = subprocess.run(
+        [sys.executable, "-m", "lightning_cl.cli.main", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "compare" in done.stdout
