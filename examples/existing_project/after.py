@@ -11,11 +11,11 @@ QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": 
 def main(epochs: int = 10) -> list[float]:
     seed_everything(0)
     model = DigitClassifier()
-    callbacks = [EWC(strength=10.0), ExperienceReplay(capacity=100, policy="class_balanced")]
+    callbacks = [EWC(strength=100.0), ExperienceReplay(capacity=200)]
     for month in range(MONTHS):
         trainer = Trainer(accelerator="cpu", max_epochs=epochs, callbacks=callbacks, **QUIET)
         trainer.fit(model, DigitsDataModule(month))
-    return [trainer.test(model, DigitsDataModule(month), verbose=False)[0]["test_acc"] for month in range(MONTHS)]
+    return [trainer.validate(model, DigitsDataModule(month), verbose=False)[0]["val_acc"] for month in range(MONTHS)]
 
 
 if __name__ == "__main__":

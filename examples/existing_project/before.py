@@ -12,7 +12,7 @@ def main(epochs: int = 10) -> list[float]:
     for month in range(MONTHS):
         trainer = Trainer(accelerator="cpu", max_epochs=epochs, **QUIET)
         trainer.fit(model, DigitsDataModule(month))
-    return [trainer.test(model, DigitsDataModule(month), verbose=False)[0]["test_acc"] for month in range(MONTHS)]
+    return [trainer.validate(model, DigitsDataModule(month), verbose=False)[0]["val_acc"] for month in range(MONTHS)]
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ MONTHS = 5
 
 
 class DigitClassifier(LightningModule):
-    def __init__(self, learning_rate: float = 1e-3):
+    def __init__(self, learning_rate: float = 3e-3):
         super().__init__()
         self.learning_rate = learning_rate
         self.model = nn.Sequential(nn.Flatten(), nn.Linear(64, 256), nn.ReLU(), nn.Dropout(0.1), nn.Linear(256, 10))
@@ -28,9 +28,9 @@ class DigitClassifier(LightningModule):
         self.log("train_loss", loss)
         return loss
 
-    def test_step(self, batch, batch_idx):
+    def validation_step(self, batch, batch_idx):
         images, labels = batch
-        self.log("test_acc", (self(images).argmax(-1) == labels).float().mean(), batch_size=len(labels))
+        self.log("val_acc", (self(images).argmax(-1) == labels).float().mean(), batch_size=len(labels))
 
     def configure_optimizers(self):
         return torch.optim.Adam(self.parameters(), lr=self.learning_rate)
@@ -45,17 +45,17 @@ class DigitsDataModule(LightningDataModule):
         self.batch_size = batch_size
 
     def setup(self, stage):
-        self.train, self.test = (of_month(split, self.month) for split in (digits(train=True), digits(train=False)))
+        self.train, self.val = (of_month(split, self.month) for split in (digits(train=True), digits(train=False)))
 
     def train_dataloader(self):
         return DataLoader(self.train, batch_size=self.batch_size, shuffle=True)
 
-    def test_dataloader(self):
-        return DataLoader(self.test, batch_size=256)
+    def val_dataloader(self):
+        return DataLoader(self.val, batch_size=256)
 
 
 def digits(train: bool) -> TensorDataset:
-    """Four of five images for training, the fifth for the test."""
+    """Four of five images for training, the fifth for validation."""
     data = load_digits()
     images = torch.tensor(data.images, dtype=torch.float32) / 16
     labels = torch.tensor(data.target)

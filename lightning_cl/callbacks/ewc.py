@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -16,7 +17,7 @@ from lightning_cl.core.card import MethodCard
 from lightning_cl.core.checks import check_choice, check_gradients, check_positive, select_parameters
 from lightning_cl.core.events import ContinualCallback
 from lightning_cl.core.rng import derived_seed
-from lightning_cl.core.state import ParameterState, local
+from lightning_cl.core.state import ParameterState, local, sum_over_shards
 from lightning_cl.core.task import Task
 from lightning_cl.functional.ewc import ewc_gradient_, ewc_penalty, merge_online_, merge_separate_
 
@@ -129,6 +130,11 @@ class EWC(ContinualCallback):
         if not self._fisher:
             return
         parameters, anchors, fisher = self._owned_by(optimizer)
+        if not all(parameter.requires_grad for parameter in parameters):
+            # the penalty does not move what was frozen since the fit began
+            free = [row for row, parameter in enumerate(parameters) if parameter.requires_grad]
+            parameters = [parameters[row] for row in free]
+            anchors, fisher = [anchors[row] for row in free], [fisher[row] for row in free]
         for parameter in parameters:
             if parameter.grad is None:
                 # the penalty reaches a weight that this step's loss does not
@@ -150,16 +156,24 @@ class EWC(ContinualCallback):
         return self._owned[id(optimizer)]
 
     def penalty(self) -> Tensor:
-        """Return the value of the penalty at the present weights, a float32 scalar over all shards."""
-        names = list(self._fisher)
-        weights = [local(self._parameters[name].detach()) for name in names]
-        anchors, fisher = [self._anchors[name] for name in names], [self._fisher[name] for name in names]
-        return ewc_penalty(weights, anchors, fisher, self.strength, self._constant)
+        """Return the value of the penalty at the present weights, a scalar; ranks with shards must all call it."""
+        if not self._fisher:
+            return torch.zeros(())
+        terms = {
+            name: ewc_penalty([local(self._parameters[name].detach())], [self._anchors[name]], [fisher], self.strength)
+            for name, fisher in self._fisher.items()
+        }
+        return sum_over_shards(terms, self._parameters) + 0.5 * self.strength * self._constant
 
     # ------------------------------------------------------------------ consolidation
 
     @override
     def on_task_end(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
+        if thawed := select_parameters(pl_module, self.include, self.exclude).keys() - self._parameters.keys():
+            rank_zero_warn(
+                f"`EWC` does not protect {sorted(thawed)[:3]}, which became trainable after the fit began. Make them"
+                " trainable before it, or leave them out by `exclude`."
+            )
         new = self.estimator.estimate(trainer, pl_module, self._parameters, derived_seed("fisher", task.index))
         self._owned = {}
         names = list(self._parameters)
@@ -174,10 +188,21 @@ class EWC(ContinualCallback):
             merge_online_(fisher, added, self.decay)
             self._anchors.set(weights, self._parameters)
         else:
-            rise = merge_separate_(fisher, [self._anchors[name] for name in names], added, latest)
-            self._constant += float(rise)
+            rises = {
+                name: merge_separate_([total], [self._anchors[name]], [term], [weight])
+                for name, total, term, weight in zip(names, fisher, added, latest, strict=True)
+            }
+            self._constant += float(sum_over_shards(rises, self._parameters))
 
     # ------------------------------------------------------------------ checkpoints
+
+    @property
+    @override
+    def state_key(self) -> str:
+        # instances for different parameters live side by side in one Trainer and one checkpoint
+        if self.include is None and self.exclude is None:
+            return super().state_key
+        return self._generate_state_key(include=self.include, exclude=self.exclude)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -185,6 +210,7 @@ class EWC(ContinualCallback):
             "fisher": self._fisher.state_dict(),
             "anchors": self._anchors.state_dict(),
             "constant": self._constant,
+            "by_sample": self.estimator.by_sample,
         }
 
     @override
@@ -192,3 +218,4 @@ class EWC(ContinualCallback):
         self._fisher.load_state_dict(state_dict["fisher"])
         self._anchors.load_state_dict(state_dict["anchors"])
         self._constant = state_dict["constant"]
+        self.estimator.by_sample = state_dict["by_sample"]

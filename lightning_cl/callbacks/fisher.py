@@ -15,10 +15,16 @@ from torch.nn import Parameter
 from lightning_cl.core.batches import BatchAdapter
 from lightning_cl.core.capture import OutputCapture, forward_loss, run_step, undisturbed
 from lightning_cl.core.checks import check_choice
-from lightning_cl.core.distributed import sum_over_ranks_
+from lightning_cl.core.distributed import max_over_ranks, sum_over_ranks_
 from lightning_cl.core.state import shard
 from lightning_cl.core.task_data import task_batches
-from lightning_cl.functional.fisher import batched_fisher, empirical_fisher, exact_fisher, sampled_fisher
+from lightning_cl.functional.fisher import (
+    IGNORE_INDEX,
+    batched_fisher,
+    empirical_fisher,
+    exact_fisher,
+    sampled_fisher,
+)
 from lightning_cl.functional.per_sample import LayerTape
 from lightning_cl.functional.sample_loop import SampleLoop, squared_sums_by_loop
 
@@ -52,7 +58,7 @@ class FisherEstimator:
         self.adapter = adapter
         self.n_samples = n_samples
         self.logits = logits
-        self._by_sample: bool | None = None
+        self.by_sample: bool | None = None
 
     def check(self, pl_module: LightningModule, parameters: Mapping[str, Parameter], batch: Any) -> None:
         """Try the estimator on a training batch, before the first step, and choose between batches and samples.
@@ -67,34 +73,36 @@ class FisherEstimator:
                 "`fisher='batched'` runs the module's `training_step`, which under manual optimization would step the"
                 " optimizer. Use 'empirical', 'sampled' or 'exact'."
             )
-        part = self.adapter.select(batch, range(min(_COMPARED, self.adapter.size(batch))))
+        part = self._few(batch)
         with undisturbed(pl_module, seed=0), LayerTape(pl_module, list(parameters)) as tape:
             if self.fisher == "batched":
                 forward_loss(pl_module, part)
-                self._by_sample = False
+                by_sample = False
             elif self._uses_logits(pl_module):
                 with OutputCapture(pl_module, self.logits) as capture:
                     run_step(pl_module, part, self.adapter)
                     scores = capture.output.flatten(1).logsumexp(1)
                     unsure = tape.uncovered(scores, batch_size=len(scores))
-                    self._by_sample = _on_any_rank(bool(unsure), pl_module)
+                    by_sample = _on_any_rank(bool(unsure), pl_module)
                     # labels or scores that do not fit show here, and not at the task's end
                     self._sums_from_logits(
-                        SampleLoop(parameters) if self._by_sample else tape,
+                        SampleLoop(parameters) if by_sample else tape,
                         capture.output,
                         part,
                         torch.Generator(),
                         None,
                     )
             else:
-                self._by_sample = _on_any_rank(not self._agrees(tape, pl_module, parameters, part), pl_module)
-        if self._by_sample and _is_sharded(parameters):
+                by_sample = _on_any_rank(not self._agrees(tape, pl_module, parameters, part), pl_module)
+        # decided once: a run that resumes at another batch must measure as the straight run does
+        self.by_sample = by_sample if self.by_sample is None else self.by_sample
+        if by_sample and _is_sharded(parameters):
             raise ValueError(
                 f"`fisher={self.fisher!r}` on sharded weights needs a loss that is a mean over samples, and layers with"
                 f" a rule for per-sample gradients; {type(pl_module).__name__} has another. Leave its parameters out by"
                 " `include`/`exclude`, or train without sharding."
             )
-        if self._by_sample:
+        if by_sample:
             rank_zero_info(
                 f"The Fisher information of {type(pl_module).__name__} is measured by a loop over samples: its loss is"
                 " no mean over samples, or a layer has no rule for per-sample gradients."
@@ -118,16 +126,22 @@ class FisherEstimator:
             name: torch.zeros(p.shape, dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
             for name, p in parameters.items()
         }
-        count = 0
+        # what was frozen since the fit began matters nothing to this task
+        placed, parameters = parameters, {name: p for name, p in parameters.items() if p.requires_grad}
+        count, sharded = 0, _is_sharded(parameters)
         generator = torch.Generator().manual_seed(seed)
         with undisturbed(pl_module, seed), LayerTape(pl_module, list(parameters)) as tape:
             for batch, _ in task_batches(trainer, pl_module, self.adapter, self.n_samples):
+                if not self._uses_logits(pl_module):
+                    batch = self._supervised_part(batch)
                 size = self.adapter.size(batch)
+                if size == 0 and not sharded:
+                    continue
                 if self.fisher == "batched":
                     batched_fisher(parameters, forward_loss(pl_module, batch) * size, size, into=sums)
                     tape.clear()
                 elif self._uses_logits(pl_module):
-                    loop = SampleLoop(parameters) if self._by_sample else None
+                    loop = SampleLoop(parameters) if self.by_sample else None
                     parts = self._singles(batch) if loop is not None else [batch]
                     size = 0
                     for part in parts:
@@ -135,8 +149,13 @@ class FisherEstimator:
                             run_step(pl_module, part, self.adapter)
                         size += self._sums_from_logits(loop or tape, capture.output, part, generator, sums)
                         tape.clear()
-                elif self._by_sample or self._is_uneven(batch, pl_module):
+                elif self.by_sample:
                     squared_sums_by_loop(self._single_losses(tape, pl_module, batch), parameters, into=sums)
+                elif self._is_uneven(batch, pl_module, sharded):
+                    # ranks of a sharded model must run the same forwards: one with fewer samples adds zeros
+                    for index in range(max_over_ranks(size, pl_module.device) if sharded else size):
+                        single = self.adapter.select(batch, [min(index, size - 1)])
+                        tape.squared_sums(forward_loss(pl_module, single) * (index < size), batch_size=1, into=sums)
                 else:
                     tape.squared_sums(forward_loss(pl_module, batch) * size, batch_size=size, into=sums)
                 count += size
@@ -144,7 +163,7 @@ class FisherEstimator:
         if not total:
             raise ValueError("The task holds no sample to measure the Fisher information on.")
         return {
-            name: shard(sum_over_ranks_(value).div_(float(total)), parameters[name]) for name, value in sums.items()
+            name: shard(sum_over_ranks_(value).div_(float(total)), placed[name]) for name, value in sums.items()
         }
 
     def _uses_logits(self, pl_module: LightningModule) -> bool:
@@ -178,7 +197,10 @@ class FisherEstimator:
             # single gradients of a shard are out of reach: compare the losses, and see that every layer was called
             losses = torch.stack([loss.detach() for loss in self._single_losses(tape, pl_module, part)])
             joint = forward_loss(pl_module, part).detach()
-            return tape.seen == parameters.keys() and bool(torch.isclose(joint, losses.mean(), rtol=_TOLERANCE))
+            weights = self._weights(part) or [torch.ones_like(losses)]
+            means = [(losses * weight).sum() / weight.sum() for weight in weights]
+            agree = any(bool(torch.isclose(joint, mean, rtol=_TOLERANCE)) for mean in means)
+            return tape.seen == parameters.keys() and agree
         expected = squared_sums_by_loop(self._single_losses(tape, pl_module, part), parameters)
         try:
             found = tape.squared_sums(forward_loss(pl_module, part) * size, batch_size=size)
@@ -199,18 +221,39 @@ class FisherEstimator:
             tape.clear()
             yield loss
 
-    def _is_uneven(self, batch: Any, pl_module: LightningModule) -> bool:
-        """Return whether a mean over tokens weighs the samples of this batch unequally."""
+    def _few(self, batch: Any) -> Any:
+        """Return a few samples to compare, of different classes if possible, because a loss may weigh classes."""
+        batch = self._supervised_part(batch)
+        rows, labels = list(range(self.adapter.size(batch))), self.adapter.labels(batch)
+        if labels is not None and labels.ndim == 1:
+            values = labels.tolist()
+            rows.sort(key=lambda row: values.index(values[row]) != row)
+        return self.adapter.select(batch, rows[:_COMPARED])
+
+    def _weights(self, batch: Any) -> list[Tensor]:
+        """Return the supervised positions of each sample, [B]; of labels that are shifted in the loss, both ways."""
         labels = self.adapter.labels(batch)
-        if labels is None or labels.ndim < 2 or labels.is_floating_point():
-            return False
-        supervised = (labels != -100).flatten(1).sum(1)
-        return _on_any_rank(bool((supervised != supervised[0]).any()), pl_module)
+        if labels is None or labels.is_floating_point():
+            return []
+        supervised = (labels != IGNORE_INDEX).reshape(len(labels), -1)
+        return [supervised.sum(1)] if labels.ndim == 1 else [supervised.sum(1), supervised[:, 1:].sum(1)]
+
+    def _supervised_part(self, batch: Any) -> Any:
+        """Return the samples with a supervised position: the others have no loss."""
+        weights = self._weights(batch)
+        if not weights or bool((weights[0] > 0).all()):
+            return batch
+        return self.adapter.select(batch, weights[0].nonzero().flatten().tolist())
+
+    def _is_uneven(self, batch: Any, pl_module: LightningModule, sharded: bool) -> bool:
+        """Return whether a mean over tokens weighs the samples of this batch unequally."""
+        uneven = any(bool((weights != weights[:1]).any()) for weights in self._weights(batch))
+        return _on_any_rank(uneven, pl_module) if sharded else uneven
 
 
 def _on_any_rank(flag: bool, pl_module: LightningModule) -> bool:
     # ranks of a sharded model must run the same forwards
-    return bool(sum_over_ranks_(torch.tensor(float(flag), device=pl_module.device)) > 0)
+    return max_over_ranks(int(flag), pl_module.device) > 0
 
 
 def _is_sharded(parameters: Mapping[str, Tensor]) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_cl.core.batches import BatchAdapter, Column
-from lightning_cl.core.capture import OutputCapture, forward_loss, run_step, silenced, undisturbed
+from lightning_cl.core.capture import OutputCapture, forward_loss, move_batch, run_step, silenced, undisturbed
 from lightning_cl.core.card import MethodCard
 from lightning_cl.core.checks import check_automatic_optimization, check_choice, check_positive
 from lightning_cl.core.distributed import gather_on_rank_zero, gather_rows
@@ -110,6 +110,8 @@ class ExperienceReplay(ContinualCallback):
         self.seed = seed
         self._presented = 0
         self._first_epoch: int | None = None
+        self._checked = False
+        self._versions: list[tuple[str, Tensor, int]] = []
         self.buffer = self._new_buffer(rank=0, world_size=1)
         # class attributes of the base: a policy decides what this callback must know
         self.boundaries = "required" if self.buffer.policy.needs_boundaries else "unused"  # type: ignore[misc]
@@ -150,12 +152,45 @@ class ExperienceReplay(ContinualCallback):
                 )
             self.buffer = self._new_buffer(rank, world_size)
         if isinstance(self.buffer.storage, IndexStorage):
-            self.buffer.storage.bind(lambda sample_ids: self.adapter.columns(datamodule.fetch(sample_ids)))
+            # as the training loop gets its batches: the module's own transfer hooks may change them
+            self.buffer.storage.bind(
+                lambda ids: self.adapter.columns(move_batch(trainer, pl_module, datamodule.fetch(ids)))
+            )
 
     @override
     def on_task_start(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
         # not called on a stream that hides its boundaries, where every epoch brings new samples
         self._first_epoch = trainer.current_epoch
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._checked = False
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if not self._checked:
+            # what would fail after a step, or at the task's end, fails before the first step
+            self._check(trainer, pl_module, batch, batch_idx)
+            self._checked = True
+            leaves = self.adapter.columns(batch).items()
+            self._versions = [(path, leaf, leaf._version) for path, leaf in leaves if isinstance(leaf, Tensor)]
+
+    def _check(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        labels = global_rows(trainer, self.adapter, batch, batch_idx, 0)[2]
+        if self.buffer.policy.needs_labels and labels is None:
+            raise ValueError(
+                f"`ExperienceReplay(policy={self.policy!r})` needs one class label for each sample, and found none in"
+                " the batch. Name them by `batch_adapter=BatchAdapter(labels=...)`, or use `policy='reservoir'`."
+            )
+        if self.features is not None:
+            part = self.adapter.select(batch, [0])
+            with undisturbed(pl_module, seed=0), OutputCapture(pl_module, self.features) as capture, torch.no_grad():
+                run_step(pl_module, part, self.adapter)
+                if len(capture.output) != 1:
+                    raise ValueError(
+                        f"`features={self.features!r}` must name a submodule that returns one row for each sample, but"
+                        f" its output for one sample has shape {tuple(capture.output.shape)}."
+                    )
 
     @staticmethod
     def _identified(trainer: Trainer) -> bool:
@@ -192,6 +227,12 @@ class ExperienceReplay(ContinualCallback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if changed := [path for path, leaf, version in self._versions if leaf._version != version]:
+            raise ValueError(
+                f"`{type(pl_module).__name__}.training_step` changes {changed[0]!r} of its batch in place, so the"
+                " memory would keep what a later step changes again. Let it work on a copy."
+            )
+        self._versions = []
         policy = self.buffer.policy
         # the first epoch of a task shows all its samples; later ones matter only where the latest presentation does
         again = self._first_epoch is not None and trainer.current_epoch != self._first_epoch
@@ -222,8 +263,12 @@ class ExperienceReplay(ContinualCallback):
                 labels.append(found.cpu())
                 columns.append(self.adapter.columns(batch))
         all_ids, owners = gather_rows(torch.cat(ids))
+        if not self._identified(trainer):
+            # each fit, and each rank, counts its own samples
+            all_ids = self._presented + torch.arange(len(all_ids))
+            self._presented += len(all_ids)
         self.buffer.offer(
-            _stack(columns),
+            {} if self.storage == "index" else _stack(columns),
             all_ids,
             labels=gather_rows(torch.cat(labels))[0],
             task=task.index,

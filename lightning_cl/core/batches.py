@@ -149,6 +149,8 @@ def own_mapping(batch: Any) -> Any:
 
 def _children(node: Any) -> list[tuple[str, Any]] | None:
     """Return the named children of a container, ``None`` for a leaf."""
+    if isinstance(node, Tensor):
+        return None
     if isinstance(node, Mapping):
         return [(str(key), value) for key, value in node.items()]
     if isinstance(node, tuple):
@@ -168,7 +170,11 @@ def _leaves(node: Any, prefix: str = "") -> dict[str, Any]:
         return {prefix: node}
     leaves: dict[str, Any] = {}
     for name, value in children:
-        leaves.update(_leaves(value, f"{prefix}.{name}" if prefix else name))
+        path = f"{prefix}.{name}" if prefix else name
+        if isinstance(value, Tensor):
+            leaves[path] = value
+        else:
+            leaves.update(_leaves(value, path))
     return leaves
 
 
@@ -194,6 +200,8 @@ def _is_column(leaf: Any, size: int) -> bool:
 
 
 def _concatenate(first: Tensor, rows: Column, filler: int) -> Tensor:
+    if isinstance(rows, Tensor) and rows.shape[1:] == first.shape[1:]:
+        return torch.cat([first, rows.to(first, non_blocking=True)])
     parts = [first, *([rows] if isinstance(rows, Tensor) else [row[None] for row in rows])]
     shape = [max(part.shape[axis] for part in parts) for axis in range(1, first.ndim)]
 

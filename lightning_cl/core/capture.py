@@ -165,8 +165,13 @@ class OutputCapture:
         """The recorded output.
 
         Raises:
-            ValueError: If the step called nothing that returned a tensor of at least two dimensions.
+            ValueError: If nothing that the step called returned a floating-point tensor of at least two dimensions.
         """
+        if self.found is None and self._name:
+            raise ValueError(
+                f"The submodule {self._name!r} of {type(self._pl_module).__name__} was not called in its step, or"
+                " returned no floating-point tensor of at least two dimensions."
+            )
         if self.found is None:
             raise ValueError(
                 f"No class scores were seen in a step of {type(self._pl_module).__name__}. Name the submodule giving"

@@ -8,7 +8,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["gather_on_rank_zero", "gather_rows", "is_distributed", "rank", "sum_over_ranks_", "world_size"]
+__all__ = [
+    "gather_on_rank_zero",
+    "gather_rows",
+    "is_distributed",
+    "max_over_ranks",
+    "rank",
+    "sum_over_ranks_",
+    "world_size",
+]
 
 
 def is_distributed() -> bool:
@@ -31,6 +39,15 @@ def sum_over_ranks_(tensor: Tensor) -> Tensor:
     if is_distributed():
         dist.all_reduce(tensor)
     return tensor
+
+
+def max_over_ranks(value: int, device: torch.device) -> int:
+    """Return the largest ``value`` of all ranks; ``device`` is one that the process group communicates on."""
+    if not is_distributed():
+        return value
+    largest = torch.tensor(value, device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest)
 
 
 def gather_on_rank_zero(value: Any) -> list[Any] | None:

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
 
-__all__ = ["ParameterState", "local", "shard"]
+__all__ = ["ParameterState", "local", "shard", "sum_over_shards"]
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -99,6 +99,27 @@ def shard(value: Tensor, parameter: Tensor) -> Tensor:
     if isinstance(parameter, DTensor):
         return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
     return value
+
+
+def sum_over_shards(terms: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> Tensor:
+    """Return the sum of scalars by name, each taken over the ranks that share the parameter of that name.
+
+    Args:
+        terms: A scalar of this rank's shard for each name.
+        parameters: Parameters by name; all ranks must call this with the same ones.
+    """
+    whole: list[Tensor] = []
+    shared: dict[Any, list[Tensor]] = {}
+    for name, term in terms.items():
+        parameter = parameters[name]
+        if isinstance(parameter, DTensor):
+            shared.setdefault((parameter.device_mesh, parameter.placements), []).append(term)
+        else:
+            whole.append(term)
+    for (mesh, placements), parts in shared.items():
+        kinds = [Partial() if placement.is_shard() else Replicate() for placement in placements]
+        whole.append(DTensor.from_local(torch.stack(parts).sum(), mesh, kinds).full_tensor())
+    return torch.stack(whole).sum()
 
 
 def _full(value: Tensor, parameter: Tensor) -> Tensor:

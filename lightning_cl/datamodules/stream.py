@@ -197,7 +197,7 @@ class TaskStreamDataModule(LightningDataModule):
         labels = self._splits["train"].labels
         if labels is None:
             return None
-        task = max(reversed(self.tasks), key=lambda task: max(task.classes))
+        task = max(self.tasks, key=lambda task: max(task.classes, default=-1))
         rows = self.plan.plans[task.index].indices
         row = rows[labels[rows].argmax()]
         return int(labels[row]), task, torch.tensor([row + self._first_id(task.index)])
@@ -211,7 +211,7 @@ class TaskStreamDataModule(LightningDataModule):
                 "Samples of tasks with different input transforms cannot be read as one batch: use"
                 " `storage='memory'` with this scenario."
             )
-        dataset = self._dataset("train", self.plan.plans[int(views[0]) if len(views) else 0])
+        dataset = self._dataset("train", self.plan.part_plans[int(views[0]) if len(views) else 0])
         return dataset[BatchIndex(rows, derived_seed(self.seed, "fetch", zlib.crc32(rows.tobytes())))]
 
     def task_loader(self, n_samples: int | None, limit_batches: float) -> Iterator[tuple[Any, Tensor]]:
@@ -237,8 +237,10 @@ class TaskStreamDataModule(LightningDataModule):
             yield batch, torch.from_numpy(np.ascontiguousarray(index.rows)) + first_id
 
     def _first_id(self, task: int) -> int:
-        # a task that shows the rows in its own way makes other samples of them
-        return task * len(self._splits["train"]) if self.plan.plans[task].transform is not None else 0
+        # a task that shows the rows in its own way makes other samples of them, the same ones at each visit
+        plan = self.plan.plans[task]
+        view = task if plan.source is None else plan.source
+        return view * len(self._splits["train"]) if plan.transform is not None else 0
 
     # ------------------------------------------------------------------ set-up
 
@@ -250,6 +252,8 @@ class TaskStreamDataModule(LightningDataModule):
             return
         TaskEvents.attach(trainer)
         if stage == "fit":
+            # a fit starts at its beginning, or at the checkpoint that is loaded next
+            self._loader = self._position = None
             # a loader per epoch, and as many epochs as the stream has
             trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
             trainer.check_val_every_n_epoch = 1

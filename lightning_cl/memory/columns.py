@@ -110,6 +110,8 @@ class DenseColumn(Column):
 
     def _parts(self, slots: Int64Array) -> list[tuple[Bytes, Int64Array | slice, Int64Array]]:
         """Return chunk, positions in ``slots``, and rows in the chunk, for every chunk that ``slots`` touch."""
+        if len(self._chunks) == 1:
+            return [(self._chunks[0], slice(None), slots)]
         chunk_of = self._starts.searchsorted(slots, side="right") - 1
         chunks = np.bincount(chunk_of).nonzero()[0].tolist()
         if len(chunks) == 1:
@@ -130,8 +132,11 @@ class DenseColumn(Column):
 
     def read(self, slots: Int64Array) -> Tensor:
         """See :meth:`Column.read`."""
+        parts = self._parts(slots)
+        if len(parts) == 1:
+            return self._as_tensor(parts[0][0][parts[0][2]])
         found = np.empty((len(slots), self._row_bytes), dtype=np.uint8)
-        for chunk, where, places in self._parts(slots):
+        for chunk, where, places in parts:
             found[where] = chunk[places]
         return self._as_tensor(found)
 

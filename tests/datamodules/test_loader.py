@@ -194,9 +194,11 @@ def test_a_task_transforms_its_inputs_only():
 def test_a_task_transforms_what_a_collator_returns():
     """A named tuple stays one; what is unknown is refused."""
     data = TensorDataset(torch.arange(10.0), torch.arange(10.0))
-    pairs = BatchDataset(batch_reader(data, lambda samples: Pair(*torch.utils.data.default_collate(samples))), torch.neg)
+    pairs = BatchDataset(
+        batch_reader(data, lambda samples: Pair(*torch.utils.data.default_collate(samples))), torch.neg
+    )
     index = next(iter(TaskSampler(ROWS, task=0, batch_size=4, seed=3)))
     assert torch.equal(pairs[index].inputs, -pairs[index].targets)
     unknown = BatchDataset(batch_reader(data, lambda samples: object()), torch.neg)
-    with pytest.raises(ValueError, match="batch of type object.*`collate_fn`"):
+    with pytest.raises(ValueError, match=r"batch of type object.*`collate_fn`"):
         unknown[index]

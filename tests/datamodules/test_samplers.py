@@ -55,9 +55,7 @@ def test_repeats_are_fewer_than_the_ranks_and_ranks_read_as_much(world_size):
 @WORLDS
 def test_ranks_divide_one_global_batch(world_size):
     """The joined batch of a step is the same on one process with as large a batch."""
-    for step, joined in zip(
-        steps(world_size=world_size), steps(batch_size=4 * world_size, world_size=1), strict=True
-    ):
+    for step, joined in zip(steps(world_size=world_size), steps(batch_size=4 * world_size, world_size=1), strict=True):
         assert [row for part in step for row in part][: len(joined[0])] == joined[0]
 
 
