@@ -39,21 +39,25 @@ class ContinualEvaluation(ContinualCallback):
         self._last_step = 0
 
     @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # evaluated before the checkpoint that this run resumes from
+        self._last_step = trainer.global_step
+
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        # the same step comes several times under accumulation; the last of an epoch is evaluated by Lightning
+        # the same step comes several times under accumulation
         due = step % self.every_n_steps == 0 and step != self._last_step
         self._last_step = step
-        if not due or trainer.is_last_batch:
-            return
-        datamodule = trainer.datamodule  # type: ignore[attr-defined]
-        if not isinstance(datamodule, TaskStream):
-            run_validation(trainer)
-            return
-        datamodule.request_evaluation(TaskEvents.attach(trainer).task)
-        try:
-            run_validation(trainer)
-        finally:
-            datamodule.request_evaluation(None)
+        if due and not (trainer.is_last_batch and self._evaluated_anyway(trainer)):
+            run_validation(trainer, TaskEvents.attach(trainer).task)
+
+    @staticmethod
+    def _evaluated_anyway(trainer: Trainer) -> bool:
+        """Return whether an evaluation follows at the end of this epoch, after what a task's end does."""
+        stream = trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(stream, TaskStream):
+            return stream.evaluates_after(trainer.current_epoch)
+        return trainer.fit_loop.epoch_loop._should_check_val_epoch()

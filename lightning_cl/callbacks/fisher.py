@@ -162,9 +162,7 @@ class FisherEstimator:
         total = sum_over_ranks_(torch.tensor(float(count), device=pl_module.device, dtype=torch.float64))
         if not total:
             raise ValueError("The task holds no sample to measure the Fisher information on.")
-        return {
-            name: shard(sum_over_ranks_(value).div_(float(total)), placed[name]) for name, value in sums.items()
-        }
+        return {name: shard(sum_over_ranks_(value).div_(float(total)), placed[name]) for name, value in sums.items()}
 
     def _uses_logits(self, pl_module: LightningModule) -> bool:
         return self.fisher in ("sampled", "exact") or not pl_module.automatic_optimization

@@ -109,26 +109,22 @@ class ContinualMetrics(ContinualCallback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.enable_validation:
+        stream, last_epoch = trainer.datamodule, trainer.fit_loop.max_epochs or 0  # type: ignore[attr-defined]
+        unevaluated = isinstance(stream, TaskStream) and not stream.evaluates_after(last_epoch - 1)
+        if unevaluated or not trainer.enable_validation:
             raise ValueError(
                 "`ContinualMetrics` needs validation data and a `validation_step`: pass `val=` to the task stream (or"
                 " validation loaders to `fit`), and do not set `limit_val_batches=0`."
             )
         self._started = time.monotonic()
-        events, datamodule = TaskEvents.attach(trainer), trainer.datamodule  # type: ignore[attr-defined]
-        if not isinstance(datamodule, TaskStream):
-            return
         if self.baseline and not self._rows and trainer.global_step == 0:
-            datamodule.request_evaluation(datamodule.task_of_epoch(0))
-            run_validation(trainer)
-            datamodule.request_evaluation(None)
+            if getattr(stream, "evaluate", "all") != "all":
+                raise ValueError(
+                    "`ContinualMetrics(baseline=True)` evaluates all tasks before the first step: set"
+                    " `TaskStreamDataModule(evaluate='all')`."
+                )
+            run_validation(trainer, stream.task_of_epoch(0) if isinstance(stream, TaskStream) else None)
             self._baseline_scores = self._read(trainer)
-        last = events.task
-        if last is not None and not events.running and last.index not in self._rows:
-            # Lightning leaves out the evaluation of an epoch whose checkpoint was written at its last batch
-            datamodule.request_evaluation(last)
-            run_validation(trainer)
-            datamodule.request_evaluation(None)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -137,6 +133,9 @@ class ContinualMetrics(ContinualCallback):
             return
         scores = self._read(trainer)
         task = events.task
+        if self._steps and (self._steps[-1], self._step_tasks[-1]) == (trainer.global_step, task.index):
+            # the same weights again: evaluated within the task just before its end, or made up for after a resume
+            self._steps.pop(), self._step_tasks.pop(), self._step_scores.pop()
         self._steps.append(trainer.global_step)
         self._step_tasks.append(task.index)
         self._step_scores.append(scores)
@@ -153,9 +152,11 @@ class ContinualMetrics(ContinualCallback):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._seconds += time.monotonic() - self._started
+        self._seconds += self._running_seconds()
+        self._started = 0.0
+        # asked of the Trainer by all ranks, because they share it
+        directory = self.directory or trainer.log_dir or trainer.default_root_dir
         if trainer.is_global_zero and self._rows and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            directory = self.directory or trainer.log_dir or trainer.default_root_dir
             write_record(Path(directory), self.record(trainer))
 
     def record(self, trainer: Trainer) -> RunRecord:
@@ -166,9 +167,9 @@ class ContinualMetrics(ContinualCallback):
             seed=getattr(trainer.datamodule, "seed", None),  # type: ignore[attr-defined]
             monitor=self.monitor,
             task_names=self._task_names,
-            matrix=self.matrix.tolist(),
+            matrix=_stack(self.matrix.tolist(), len(self._task_names)).tolist(),
             trained=[list(columns) for columns in self._columns()],
-            within=WithinTask(self._steps, self._step_tasks, _stack(self._step_scores).tolist()),
+            within=WithinTask(self._steps, self._step_tasks, _stack(self._step_scores, len(self._task_names)).tolist()),
             summary=dict(self.compute()),
             config=_config(trainer),
             train_seconds=self._seconds,
@@ -201,11 +202,13 @@ class ContinualMetrics(ContinualCallback):
             self._task_names[task.index] = task.name
         return [scores.get(index, float("nan")) for index in range(max(scores, default=-1) + 1)]
 
+    def _running_seconds(self) -> float:
+        return time.monotonic() - self._started if self._started else 0.0
+
     # ------------------------------------------------------------------ checkpoints
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        running = time.monotonic() - self._started if self._started else 0.0
         return {
             "task_names": list(self._task_names),
             "trained": {str(task): list(columns) for task, columns in self._trained.items()},
@@ -214,7 +217,7 @@ class ContinualMetrics(ContinualCallback):
             "steps": list(self._steps),
             "step_tasks": list(self._step_tasks),
             "step_scores": [list(scores) for scores in self._step_scores],
-            "seconds": self._seconds + running,
+            "seconds": self._seconds + self._running_seconds(),
         }
 
     @override
@@ -228,8 +231,9 @@ class ContinualMetrics(ContinualCallback):
         self._seconds = state_dict["seconds"]
 
 
-def _stack(rows: list[list[float]]) -> Tensor:
-    width = max((len(row) for row in rows), default=0)
+def _stack(rows: list[list[float]], width: int = 0) -> Tensor:
+    """Return rows of at least ``width`` scores, NaN where a row has none."""
+    width = max([width, *(len(row) for row in rows)])
     return torch.tensor([[*row, *[float("nan")] * (width - len(row))] for row in rows], dtype=torch.float64)
 
 

@@ -218,7 +218,8 @@ class ExperienceReplay(ContinualCallback):
     def _draw(self, trainer: Trainer, batch: Any) -> Drawn | None:
         size = self.batch_size or self.adapter.size(batch)
         # micro-batches of one fit differ by their number, fits of one stream by the tasks before them
-        step = TaskEvents.attach(trainer).completed_tasks * 2**40 + trainer.fit_loop.total_batch_idx
+        batches: Any = trainer.fit_loop.epoch_loop.batch_progress.total
+        step = TaskEvents.attach(trainer).completed_tasks * 2**40 + batches.processed
         return self.buffer.draw(size, step=step)
 
     # ------------------------------------------------------------------ memory
@@ -243,7 +244,8 @@ class ExperienceReplay(ContinualCallback):
         task = TaskEvents.attach(trainer).task
         assert task is not None
         columns = {} if self.storage == "index" else self.adapter.columns(batch)
-        self.buffer.insert(columns, sample_ids, labels=labels, task=task.index, owners=owners)
+        shared = owners if self.buffer.world_size > 1 else None
+        self.buffer.insert(columns, sample_ids, labels=labels, task=task.index, owners=shared)
 
     @override
     def on_task_end(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:

@@ -127,7 +127,10 @@ class BatchAdapter:
     def _labels_path(self, batch: Any) -> str | None:
         if self.labels_path is not None:
             return self.labels_path
-        fields: Sequence[str] = getattr(batch, "_fields", ())  # of a named tuple, whose paths are positions
+        if type(batch) in (tuple, list):
+            return "1" if len(batch) > 1 else None
+        # of a named tuple, whose paths are positions
+        fields: Sequence[str] = getattr(batch, "_fields", ()) if isinstance(batch, tuple) else ()
         names = fields or [name for name, _ in _children(batch) or ()]
         found = next((key for key in _LABEL_KEYS if key in names), None)
         if found is not None:

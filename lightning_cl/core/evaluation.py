@@ -8,13 +8,17 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
 from lightning_cl.core.rng import isolated_rng
+from lightning_cl.core.stream import TaskStream
+from lightning_cl.core.task import Task
 
 __all__ = [
     "accept_dataloader_idx",
+    "adjust_monitors",
     "average_over_loaders",
     "check_metrics_apart",
     "count_exactly",
@@ -66,24 +70,36 @@ def _without_loader(pl_module: LightningModule, step: Callable[..., Any]) -> Cal
     return evaluation_step
 
 
-def run_validation(trainer: Trainer) -> None:
+def run_validation(trainer: Trainer, task: Task | None) -> None:
     """Run the validation loop now, inside training, without moving the random generators.
 
     Lightning's own schedule knows only fixed intervals that are blind to tasks.
+
+    Args:
+        trainer: The running Trainer.
+        task: A task stream gives the loaders of the end of this task.
     """
     loop = trainer.fit_loop.epoch_loop.val_loop
     connector = trainer._logger_connector
-    first_iteration = connector._first_loop_iter
+    first_iteration, has_run = connector._first_loop_iter, loop._has_run
     loop._last_val_dl_reload_epoch = float("-inf")
+    # after a resume, this evaluation must not go on where the one before the checkpoint stopped
+    loop.restarting = False
+    stream = trainer.datamodule  # type: ignore[attr-defined]
+    if isinstance(stream, TaskStream):
+        stream.request_evaluation(task)
     trainer.validating = True
     try:
         with isolated_rng():
             loop.run()
     finally:
         trainer.training = True
-        connector._first_loop_iter = first_iteration
+        # Lightning would take this evaluation for its own and, after a resume, for the end of the epoch
+        connector._first_loop_iter, loop._has_run = first_iteration, has_run
         # the loaders of this moment must not serve as those of the epoch's end
         loop._last_val_dl_reload_epoch = float("-inf")
+        if isinstance(stream, TaskStream):
+            stream.request_evaluation(None)
 
 
 def count_exactly(trainer: Trainer) -> None:
@@ -106,7 +122,7 @@ def average_over_loaders(trainer: Trainer) -> None:
     loaders = len(trainer.num_val_batches)
     for name in {key.partition(separator)[0] for key in logged if separator in key} if loaders > 1 else ():
         keys = [f"{name}{separator}{loader}" for loader in range(loaders)]
-        logged[name] = torch.stack([logged[key] for key in keys if key in logged]).mean()
+        logged[name] = torch.stack([logged[key].float().mean() for key in keys if key in logged]).mean()
 
 
 def check_metrics_apart(trainer: Trainer, pl_module: LightningModule, name: str) -> None:
@@ -119,7 +135,20 @@ def check_metrics_apart(trainer: Trainer, pl_module: LightningModule, name: str)
     objects = [id(result.value) for result in results if result.meta.name == name and not result.is_tensor]
     if len(set(objects)) < len(objects) and not hasattr(pl_module.__dict__.get("validation_step"), _MARK):
         raise ValueError(
-            f"`{type(pl_module).__name__}.validation_step` logs {name!r} by one torchmetrics object for all loaders, which"
-            " adds up what belongs to different tasks. Keep one object for each `dataloader_idx`, or leave that argument"
-            " out of `validation_step`: the object is then reset for each loader."
+            f"`{type(pl_module).__name__}.validation_step` logs {name!r} by one torchmetrics object for all loaders,"
+            " which adds up what belongs to different tasks. Keep one object for each `dataloader_idx`, or leave that"
+            " argument out of `validation_step`: the object is then reset for each loader."
         )
+
+
+def adjust_monitors(trainer: Trainer, num_tasks: int) -> None:
+    """Let checkpoints with a monitor save after evaluations, and refuse what would end the stream after a task."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, EarlyStopping) and num_tasks > 1:
+            raise ValueError(
+                f"`{type(callback).__name__}` would end the whole stream, not the task at hand. Leave it out and set"
+                " `epochs_per_task` or `steps_per_task`, or run one `fit` per task with plain loaders."
+            )
+        if isinstance(callback, ModelCheckpoint) and callback.monitor and callback._save_on_train_epoch_end is None:
+            # most epochs of a stream end without an evaluation, so with the score of an earlier one or with none
+            callback._save_on_train_epoch_end = False

@@ -7,48 +7,34 @@ that calls them: it is put behind the user's callbacks (and before the checkpoin
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_cl.core.checks import check_launcher
 from lightning_cl.core.distributed import gather_on_rank_zero, rank
-from lightning_cl.core.evaluation import accept_dataloader_idx, average_over_loaders, count_exactly, restore_steps
+from lightning_cl.core.evaluation import (
+    accept_dataloader_idx,
+    adjust_monitors,
+    average_over_loaders,
+    count_exactly,
+    restore_steps,
+    run_validation,
+)
 from lightning_cl.core.head import check_head
+from lightning_cl.core.progress import evaluation_follows, finished_epoch, leave_finished_batches_behind
 from lightning_cl.core.rng import derived_seed, isolated_rng, rng_state, set_rng_state
 from lightning_cl.core.step import StepPipeline
+from lightning_cl.core.stream import TaskStream
 from lightning_cl.core.task import Task
 
 __all__ = ["ContinualCallback", "TaskEvents", "TaskStream"]
 
 _CHECKPOINT_KEY = "lightning_cl"
-
-
-@runtime_checkable
-class TaskStream(Protocol):
-    """What a datamodule offers to run a whole stream of tasks in one ``fit``."""
-
-    hides_boundaries: bool
-    reveals_task: bool
-
-    def task_of_epoch(self, epoch: int) -> Task:
-        """Return the task that the Trainer's ``epoch`` belongs to."""
-
-    def ends_task(self, epoch: int) -> bool:
-        """Return whether ``epoch`` is the last of its task."""
-
-    def evaluated_tasks(self) -> Sequence[Task]:
-        """Return the tasks of the current evaluation loaders, in their order; their indices are matrix columns."""
-
-    def trained_by(self, task: Task) -> list[int]:
-        """Return the matrix columns that ``task`` trains."""
-
-    def request_evaluation(self, task: Task | None) -> None:
-        """Give evaluation loaders as at the end of ``task``, whatever the epoch; ``None`` ends the request."""
 
 
 class ContinualCallback(Callback):
@@ -104,6 +90,11 @@ class TaskEvents(Callback):
         self._trained = False
         self._stream: TaskStream | None = None
         self._task_before: Any = None
+        # while a task starts: the task before it
+        self._starting_after: tuple[Task | None] | None = None
+        # while a task ends: the stateful callbacks that have heard of it
+        self._heard_end: list[str] = []
+        self._evaluated_at = -1
 
     @staticmethod
     def attach(trainer: Trainer) -> TaskEvents:
@@ -125,8 +116,7 @@ class TaskEvents(Callback):
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
         self._stream = datamodule if isinstance(datamodule, TaskStream) else None
         self._restored = self._trained = False
-        if self._stream is not None:
-            accept_dataloader_idx(pl_module)
+        accept_dataloader_idx(pl_module)
         if stage != "fit":
             return
         if self._hidden:
@@ -138,7 +128,7 @@ class TaskEvents(Callback):
                         " `policy='reservoir'`), or a scenario that shows them."
                     )
         if self._stream is not None:
-            _adjust_monitors(trainer, self._stream)
+            adjust_monitors(trainer, self._stream.task_of_epoch(0).num_tasks or 1)
         StepPipeline.attach(trainer, pl_module, _continual(trainer))
 
     @override
@@ -165,9 +155,8 @@ class TaskEvents(Callback):
                 # a plain loader drew its seed before the generators were restored: let it draw again
                 iter(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
             self._rng = None
-        if self.running and self._stream is not None:
-            # resumed inside a task: only its index was in the checkpoint
-            self._open_task(trainer, pl_module)
+        if self._restored and self._stream is not None:
+            self._make_up(trainer, pl_module, self._stream)
         check_head(trainer, pl_module)
 
     # ------------------------------------------------------------------ events
@@ -211,6 +200,9 @@ class TaskEvents(Callback):
         skipped = self.running and trainer.is_last_batch
         if skipped and self._stream is not None and self._stream.ends_task(trainer.current_epoch):
             self._close_task(trainer, pl_module)
+        if self._stream is not None and trainer.is_last_batch:
+            # `val_check_interval` may leave the end of an epoch out
+            self._evaluate(trainer, self._stream, trainer.current_epoch)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -232,18 +224,43 @@ class TaskEvents(Callback):
         else:
             task = self._stream.task_of_epoch(trainer.current_epoch)
         resumed = self.running and self.task is not None and self.task.index == task.index
+        if not resumed:
+            self._starting_after = (self.task,)
         self.task, self.running = task, True
         pl_module.current_task = None if self._hidden else task  # type: ignore[assignment]
         if not resumed:
             self._tell("on_task_start", trainer, pl_module, task)
+            self._starting_after = None
 
     def _close_task(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self.task is not None
         self._tell("on_task_end", trainer, pl_module, self.task)
-        self.running = False
+        self.running, self._heard_end = False, []
         self.completed_tasks += 1
         for callback in _continual(trainer):
             callback.completed_tasks = self.completed_tasks
+
+    def _make_up(self, trainer: Trainer, pl_module: LightningModule, stream: TaskStream) -> None:
+        """Do what the saved run had still to do for the epoch that its checkpoint was written in."""
+        leave_finished_batches_behind(trainer)
+        finished = finished_epoch(trainer)
+        ended = finished is not None and stream.ends_task(finished)
+        if self.running and not ended:
+            # only the task's index was in the checkpoint
+            self._open_task(trainer, pl_module)
+        if finished is not None:
+            self.task = stream.task_of_epoch(finished)
+            pl_module.current_task = None if self._hidden else self.task  # type: ignore[assignment]
+            if self.running and ended:
+                self._close_task(trainer, pl_module)
+            self._evaluate(trainer, stream, finished)
+        elif evaluation_follows(trainer):
+            self._evaluate(trainer, stream, trainer.current_epoch)
+
+    def _evaluate(self, trainer: Trainer, stream: TaskStream, epoch: int) -> None:
+        """Run the evaluation that belongs to ``epoch`` if Lightning has not."""
+        if stream.evaluates_after(epoch) and self._evaluated_at != trainer.global_step and trainer.enable_validation:
+            run_validation(trainer, self.task)
 
     @property
     def _hidden(self) -> bool:
@@ -256,8 +273,10 @@ class TaskEvents(Callback):
     def _tell(self, hook: str, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
         hidden = self._hidden
         for callback in _continual(trainer):
-            if not hidden or callback.boundaries == "evaluation":
+            if (not hidden or callback.boundaries == "evaluation") and callback.state_key not in self._heard_end:
                 getattr(callback, hook)(trainer, pl_module, task)
+                if hook == "on_task_end" and type(callback).state_dict is not Callback.state_dict:
+                    self._heard_end.append(callback.state_key)
         if not hidden:
             for owner in (pl_module, trainer.datamodule):  # type: ignore[attr-defined]
                 if callable(method := getattr(owner, hook, None)):
@@ -307,6 +326,8 @@ class TaskEvents(Callback):
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         pl_module.current_task = self._task_before
+        if not trainer.sanity_checking:
+            self._evaluated_at = trainer.global_step
 
     @override
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -316,13 +337,16 @@ class TaskEvents(Callback):
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        states = gather_on_rank_zero(rng_state())
+        # a task whose start is not told to the end has not started
+        task, running = (*self._starting_after, False) if self._starting_after else (self.task, self.running)
         checkpoint[_CHECKPOINT_KEY] = {
             "version": 1,
-            "task": None if self.task is None else self.task.index,
-            "running": self.running,
+            "task": None if task is None else task.index,
+            "running": running,
+            "heard_end": list(self._heard_end),
+            "evaluated_at": self._evaluated_at,
             "completed_tasks": self.completed_tasks,
-            "rng": states,
+            "rng": gather_on_rank_zero(rng_state()),
         }
 
     @override
@@ -336,6 +360,7 @@ class TaskEvents(Callback):
             return
         state = checkpoint[_CHECKPOINT_KEY]
         self.running, self.completed_tasks = state["running"], state["completed_tasks"]
+        self._heard_end, self._evaluated_at = state["heard_end"], state["evaluated_at"]
         for callback in _continual(trainer):
             callback.completed_tasks = self.completed_tasks
         if state["task"] is not None:
@@ -360,17 +385,3 @@ class TaskEvents(Callback):
 def _continual(trainer: Trainer) -> list[ContinualCallback]:
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return [callback for callback in callbacks if isinstance(callback, ContinualCallback)]
-
-
-def _adjust_monitors(trainer: Trainer, stream: TaskStream) -> None:
-    """Let checkpoints with a monitor save after evaluations, and refuse what would end the stream after a task."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    for callback in callbacks:
-        if isinstance(callback, EarlyStopping) and (stream.task_of_epoch(0).num_tasks or 0) > 1:
-            raise ValueError(
-                f"`{type(callback).__name__}` would end the whole stream, not the task at hand. Leave it out and set"
-                " `epochs_per_task` or `steps_per_task`, or run one `fit` per task with plain loaders."
-            )
-        if isinstance(callback, ModelCheckpoint) and callback.monitor and callback._save_on_train_epoch_end is None:
-            # most epochs of a stream end without an evaluation, so with the score of an earlier one or with none
-            callback._save_on_train_epoch_end = False

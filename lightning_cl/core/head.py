@@ -29,9 +29,9 @@ class LabelledStream(Protocol):
 def check_head(trainer: Trainer, pl_module: LightningModule) -> None:
     """Run the module once, unseen, on the sample with the largest label, and refuse a head without a place for it.
 
-    Only what is certain is refused: the module's own step fails on that sample, and the class scores in it, [1, C], have
-    no more than C = label columns. Modules whose weights are all larger than the label, which step their optimizers
-    themselves, or which may grow at a task's start (a hook ``on_task_start``) are not run at all.
+    Only what is certain is refused: the module's own step fails on that sample, and the class scores in it, [1, C],
+    have no more than C = label columns. Modules whose weights are all larger than the label, which step their
+    optimizers themselves, or which may grow at a task's start (a hook ``on_task_start``) are not run at all.
 
     Raises:
         ValueError: If the head is too small.
@@ -59,8 +59,8 @@ def check_head(trainer: Trainer, pl_module: LightningModule) -> None:
     if failure is not None and scores is not None and scores.ndim == 2 and 1 < scores.shape[1] <= label:
         raise ValueError(
             f"The stream has the label {label} ({task}), but the head of `{type(pl_module).__name__}` has"
-            f" {scores.shape[1]} outputs, for labels 0 to {scores.shape[1] - 1}. Give it at least {label + 1}, or number"
-            " the classes from 0 without gaps."
+            f" {scores.shape[1]} outputs, for labels 0 to {scores.shape[1] - 1}. Give it at least {label + 1}, or"
+            " number the classes from 0 without gaps."
         ) from failure
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import functools
 from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
 
@@ -90,11 +91,8 @@ def global_rows(
         ValueError: If the batch holds another number of samples than was read for it.
     """
     size = adapter.size(batch)
-    labels = adapter.labels(batch)
-    if labels is not None and (labels.ndim != 1 or labels.is_floating_point()):
-        labels = None
     datamodule = trainer.datamodule  # type: ignore[attr-defined]
-    if isinstance(datamodule, IdentifiedData):
+    if _identifies(type(datamodule)):
         sample_ids, owners = datamodule.batch_sample_ids(batch_idx)
         mine = int((owners == trainer.global_rank).sum()) if world_size() > 1 else len(owners)
         if mine != size:
@@ -103,9 +101,21 @@ def global_rows(
                 " `collate_fn` must neither drop nor add samples."
             )
         known = datamodule.labels_of(sample_ids)
-        return sample_ids, owners, known if known is not None else labels
+        return sample_ids, owners, known if known is not None else _class_labels(adapter, batch)
+    labels = _class_labels(adapter, batch)
     if labels is not None:
         joined, owners = gather_rows(labels.detach())
         return first_id + torch.arange(len(joined)), owners, joined.cpu()
     sizes, owners = gather_rows(torch.zeros(size, device=trainer.strategy.root_device))
     return first_id + torch.arange(len(sizes)), owners, None
+
+
+@functools.cache
+def _identifies(kind: type) -> bool:
+    # a check against a protocol looks at all its methods, too long for every step
+    return issubclass(kind, IdentifiedData)
+
+
+def _class_labels(adapter: BatchAdapter, batch: Any) -> Tensor | None:
+    labels = adapter.labels(batch)
+    return None if labels is None or labels.ndim != 1 or labels.is_floating_point() else labels

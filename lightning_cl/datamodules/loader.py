@@ -66,14 +66,9 @@ class TaskLoader(DataLoader[Any]):
             generator=torch.Generator(),
             **options,
         )
-        self.batches_read = 0
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        sampler = self.sampler
-        self.batches_read = sampler.start_batches if isinstance(sampler, TaskSampler) else 0
-        for batch in super().__iter__():
-            self.batches_read += 1
-            yield batch
+        yield from super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:
         """Tell Lightning that the loader is resumable."""

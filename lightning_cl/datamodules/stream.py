@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
 from torch import Tensor
@@ -16,14 +14,15 @@ from typing_extensions import override
 
 from lightning_cl.core.checks import check_choice, check_positive
 from lightning_cl.core.events import TaskEvents
-from lightning_cl.core.rng import derived_seed
+from lightning_cl.core.progress import batches_trained
 from lightning_cl.core.task import Task
 from lightning_cl.datamodules.batches import batch_reader
 from lightning_cl.datamodules.labels import check_label_names
 from lightning_cl.datamodules.loader import BatchDataset, TaskLoader, no_loaders
 from lightning_cl.datamodules.plan import StreamPlan
-from lightning_cl.datamodules.samplers import BatchIndex, EvaluationSampler, TaskSampler
-from lightning_cl.datamodules.scenarios import Scenario, TaskPlan
+from lightning_cl.datamodules.samplers import EvaluationSampler, TaskSampler
+from lightning_cl.datamodules.samples import TrainingSamples
+from lightning_cl.datamodules.scenarios import Scenario
 from lightning_cl.datamodules.splits import Split, read_split
 
 __all__ = ["TaskStreamDataModule"]
@@ -124,6 +123,7 @@ class TaskStreamDataModule(LightningDataModule):
         self._splits: dict[str, Split] = {}
         self._rows: dict[str, list[np.ndarray]] = {}
         self._made: StreamPlan | None = None
+        self._samples: TrainingSamples | None = None
         self._loader: TaskLoader | None = None
         self._evaluated: list[Task] = []
         self._evaluation_at: Task | None = None
@@ -149,6 +149,13 @@ class TaskStreamDataModule(LightningDataModule):
         return self._made
 
     @property
+    def samples(self) -> TrainingSamples:
+        """The training samples by their identities; known from ``setup`` on."""
+        if self._samples is None:
+            raise ValueError("The stream has no samples yet: pass it to a Trainer, or call `setup('fit')`.")
+        return self._samples
+
+    @property
     def tasks(self) -> list[Task]:
         """The tasks of the stream, in order."""
         return self.plan.tasks
@@ -160,6 +167,12 @@ class TaskStreamDataModule(LightningDataModule):
     def ends_task(self, epoch: int) -> bool:
         """Return whether ``epoch`` is the last of its task."""
         return self.plan.ends_task(epoch)
+
+    def evaluates_after(self, epoch: int) -> bool:
+        """Return whether tasks are evaluated at the end of ``epoch``."""
+        every = self.evaluate_every_n_epochs
+        within = every is not None and (self.plan.epoch_in_task(epoch) + 1) % every == 0
+        return "val" in self._splits and (within or self.ends_task(epoch))
 
     def evaluated_tasks(self) -> Sequence[Task]:
         """Return the tasks of the current evaluation loaders, in their order; their indices are matrix columns."""
@@ -174,73 +187,24 @@ class TaskStreamDataModule(LightningDataModule):
         self._evaluation_at = task
 
     def batch_sample_ids(self, batch_idx: int) -> tuple[Tensor, Tensor]:
-        """Return the identities of the samples of all ranks in the step ``batch_idx`` of the current epoch.
-
-        An identity is stable for the run: the row of the training dataset, plus ``task * rows`` where the task shows
-        the row in its own way (permuted or rotated inputs).
-
-        Returns:
-            Identities and the ranks that read them, both int64 [samples of all ranks].
-        """
-        sampler = self._sampler()
-        rows = sampler.global_rows(batch_idx) + self._first_id(sampler.task)
-        owners = torch.arange(rows.shape[0]).repeat_interleave(rows.shape[1])
-        return torch.from_numpy(np.ascontiguousarray(rows)).reshape(-1), owners
+        """Return identities and ranks of the samples of all ranks in a step of the current epoch, both int64 [n]."""
+        return self.samples.batch_ids(self._sampler(), batch_idx)
 
     def labels_of(self, sample_ids: Tensor) -> Tensor | None:
         """Return the labels of identities, int64, without reading samples; ``None`` if the data has no labels."""
-        labels = self._splits["train"].labels
-        return None if labels is None else torch.from_numpy(labels[sample_ids.numpy() % len(labels)])
+        return self.samples.labels_of(sample_ids)
 
     def largest_label(self) -> tuple[int, Task, Tensor] | None:
         """Return the largest label of all tasks, the first task with it and the identity of a sample, int64 [1]."""
-        labels = self._splits["train"].labels
-        if labels is None:
-            return None
-        task = max(self.tasks, key=lambda task: max(task.classes, default=-1))
-        rows = self.plan.plans[task.index].indices
-        row = rows[labels[rows].argmax()]
-        return int(labels[row]), task, torch.tensor([row + self._first_id(task.index)])
+        return self.samples.largest_label()
 
     def fetch(self, sample_ids: Tensor) -> Any:
         """Read the samples of identities anew, as one batch."""
-        ids = sample_ids.numpy()
-        rows, views = ids % len(self._splits["train"]), ids // len(self._splits["train"])
-        if len(set(views.tolist())) > 1:
-            raise ValueError(
-                "Samples of tasks with different input transforms cannot be read as one batch: use"
-                " `storage='memory'` with this scenario."
-            )
-        dataset = self._dataset("train", self.plan.part_plans[int(views[0]) if len(views) else 0])
-        return dataset[BatchIndex(rows, derived_seed(self.seed, "fetch", zlib.crc32(rows.tobytes())))]
+        return self.samples.fetch(sample_ids)
 
     def task_loader(self, n_samples: int | None, limit_batches: float) -> Iterator[tuple[Any, Tensor]]:
-        """Read the current task's training data, each sample once over all ranks, with identities.
-
-        Args:
-            n_samples: Samples over all ranks, drawn at random by the stream's seed; all if ``None``.
-            limit_batches: At most as many samples as this many training steps read (``Trainer(limit_train_batches)``).
-        """
-        sampler = self._sampler()
-        wanted = len(sampler.rows) if n_samples is None else n_samples
-        if self.steps_per_task is not None:
-            limit_batches = min(limit_batches, self.steps_per_task)
-        wanted = int(min(wanted, limit_batches * sampler.global_batch_size))
-        rows = sampler.rows
-        if wanted < len(rows):
-            seed = derived_seed(self.seed, "subset", sampler.task)
-            rows = np.sort(np.random.default_rng(seed).choice(rows, wanted, replace=False))
-        ordered = EvaluationSampler(rows, batch_size=self.batch_size, **self._ranks())
-        first_id = self._first_id(sampler.task)
-        batches = TaskLoader(self._dataset("train", self.plan.plans[sampler.task]), ordered)
-        for index, batch in zip(ordered, batches, strict=True):
-            yield batch, torch.from_numpy(np.ascontiguousarray(index.rows)) + first_id
-
-    def _first_id(self, task: int) -> int:
-        # a task that shows the rows in its own way makes other samples of them, the same ones at each visit
-        plan = self.plan.plans[task]
-        view = task if plan.source is None else plan.source
-        return view * len(self._splits["train"]) if plan.transform is not None else 0
+        """Read the current task's training data, each sample once over all ranks, with identities."""
+        return self.samples.of_task(self._sampler(), n_samples, limit_batches)
 
     # ------------------------------------------------------------------ set-up
 
@@ -277,6 +241,7 @@ class TaskStreamDataModule(LightningDataModule):
             epochs_per_task=self.epochs_per_task,
             steps_per_task=self.steps_per_task,
         )
+        self._samples = TrainingSamples(self._splits["train"], self._made, self.collate_fn, self.seed)
         # what an evaluation set lacks is an error before training, not at its first evaluation
         for name in self._splits.keys() - {"train"}:
             self._evaluation_rows(name)
@@ -310,8 +275,7 @@ class TaskStreamDataModule(LightningDataModule):
                 **self._ranks(),
             )
             # the same loader serves all epochs of its task, so that workers stay alive
-            dataset = self._dataset("train", self.plan.plans[task.index])
-            self._loader = TaskLoader(dataset, sampler, num_workers=self.num_workers)
+            self._loader = TaskLoader(self.samples.dataset(task.index), sampler, num_workers=self.num_workers)
         assert self._loader is not None
         start = {"batches": 0, "samples": 0}
         if self._position is not None and self._position["epoch"] == epoch:
@@ -327,7 +291,11 @@ class TaskStreamDataModule(LightningDataModule):
         if trainer.state.fn != "fit":
             return self._evaluation_loaders("val", self.plan.parts)
         task = self._evaluation_at or self.task_of_epoch(trainer.current_epoch)
-        if self._evaluation_at is None and not trainer.sanity_checking and not self._is_due(trainer.current_epoch):
+        if (
+            self._evaluation_at is None
+            and not trainer.sanity_checking
+            and not self.evaluates_after(trainer.current_epoch)
+        ):
             self._evaluated = []
             return no_loaders()
         wanted: Sequence[int] = range(len(self.plan.parts))
@@ -344,18 +312,13 @@ class TaskStreamDataModule(LightningDataModule):
         name = next((name for name in ("test", "val") if name in self._splits), "train")
         return DataLoader(self._splits[name].dataset, batch_size=self.batch_size, collate_fn=self.collate_fn)
 
-    def _is_due(self, epoch: int) -> bool:
-        if self.ends_task(epoch):
-            return True
-        every = self.evaluate_every_n_epochs
-        return every is not None and (self.plan.epoch_in_task(epoch) + 1) % every == 0
-
     def _evaluation_loaders(self, name: str, tasks: Sequence[Task]) -> list[TaskLoader]:
         rows = self._evaluation_rows(name)
+        reader = batch_reader(self._splits[name].dataset, self.collate_fn)
         self._evaluated = list(tasks)
         return [
             TaskLoader(
-                self._dataset(name, self.plan.part_plans[task.index]),
+                BatchDataset(reader, self.plan.part_plans[task.index].transform),
                 EvaluationSampler(rows[task.index], batch_size=self.batch_size, **self._ranks()),
                 num_workers=self.num_workers,
             )
@@ -370,9 +333,6 @@ class TaskStreamDataModule(LightningDataModule):
     def _sampler(self) -> TaskSampler:
         assert self._loader is not None and isinstance(self._loader.sampler, TaskSampler)
         return self._loader.sampler
-
-    def _dataset(self, name: str, plan: TaskPlan) -> BatchDataset:
-        return BatchDataset(batch_reader(self._splits[name].dataset, self.collate_fn), plan.transform)
 
     def _ranks(self) -> dict[str, Any]:
         # shards of one replica read the same samples, so the strategy says who reads what
@@ -390,16 +350,18 @@ class TaskStreamDataModule(LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         if self._loader is None:
             return {}
-        batches = self._loader.batches_read
+        batches = batches_trained(self._attached())
         return {
             "stream": self.plan.fingerprint(),
             "epoch": self._attached().current_epoch,
             "batches": batches,
-            "samples": self._sampler().samples_after(batches),
+            "samples": self._sampler().samples_after(batches) if batches else 0,
         }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self._attached().state.fn != "fit":
+            return  # weights may be tested on any stream
         self._make_plan()
         if state_dict["stream"] != self.plan.fingerprint():
             raise ValueError(

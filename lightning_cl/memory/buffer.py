@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from lightning_cl.core.rng import derived_seed
 from lightning_cl.memory import state as states
 from lightning_cl.memory.hashing import Int64Array
 from lightning_cl.memory.index import Entries, Index
@@ -226,8 +227,8 @@ class ReplayBuffer:
             raise ValueError(f"`size` must be at least 1, got {size!r}.")
         if not len(self):
             return None
-        generator = np.random.default_rng([self.seed, self.rank, step, stream])
-        slots = generator.choice(len(self), min(size, len(self)), replace=False)
+        seed = derived_seed(self.seed, self.rank, step, stream)
+        slots = _choose(len(self), min(size, len(self)), torch.Generator().manual_seed(seed))
         samples = self._samples(self._index.local_rows[slots])
         columns = self.storage.read(slots, samples.sample_ids)
         return Drawn(samples.sample_ids, samples.labels, samples.tasks, samples.owners, columns)
@@ -327,22 +328,34 @@ class ReplayBuffer:
             )
         if count and self._labeled not in (None, labels is not None):
             raise ValueError(f"`labels` must be {'given' if self._labeled else 'None'} as in the insertions before.")
-        if owners is None and self.world_size > 1:
-            raise ValueError(f"`owners` must be given with `world_size={self.world_size}`.")
-        owner = np.zeros(count, dtype=np.int64) if owners is None else _int64("owners", owners, count)
-        if count and not (owner.min() >= 0 and owner.max() < self.world_size):
-            raise ValueError(f"`owners` must be from 0 to {self.world_size - 1}, got {owner.min()} to {owner.max()}.")
         label = np.zeros(count, dtype=np.int64) if labels is None else _int64("labels", labels, count)
-        mine = owner == self.rank
-        self.storage.check(columns, int(mine.sum()))
+        if owners is None:
+            if self.world_size > 1:
+                raise ValueError(f"`owners` must be given with `world_size={self.world_size}`.")
+            owner, column_rows = np.zeros(count, dtype=np.int64), np.arange(count)
+            self.storage.check(columns, count)
+            order = ids.argsort(kind="stable")
+        else:
+            owner = _int64("owners", owners, count)
+            if count and not (owner.min() >= 0 and owner.max() < self.world_size):
+                raise ValueError(
+                    f"`owners` must be from 0 to {self.world_size - 1}, got {owner.min()} to {owner.max()}."
+                )
+            column_rows = np.cumsum(owner == self.rank) - 1
+            self.storage.check(columns, int(column_rows[-1]) + 1 if count else 0)
+            order = np.lexsort((owner, ids))  # of a sample that came twice, every rank takes the same row
 
-        order = np.lexsort((owner, ids))  # of a sample that came twice, every rank takes the same row
-        order = order[np.append(True, np.diff(ids[order]) != 0)[:count]]
+        ordered = ids[order]
+        repeated = ordered[1:] == ordered[:-1]
+        if repeated.any():
+            order = order[np.append(True, ~repeated)]
+            ordered = ids[order]
         tasks = np.full(len(order), task, dtype=np.int64)
-        groups = self.policy.groups(label[order], tasks)
+        labels_in_order = label[order]
+        groups = self.policy.groups(labels_in_order, tasks)
         if count:
             self._labeled = labels is not None
-        return Entries(ids[order], groups, label[order], tasks, owner[order]), order, (np.cumsum(mine) - 1)[order]
+        return Entries(ordered, groups, labels_in_order, tasks, owner[order]), order, column_rows[order]
 
     def _admit(self, batch: Entries, keys: Int64Array, columns: Columns, rows: Int64Array) -> None:
         """Present distinct samples to the index and do to the storage what follows."""
@@ -362,11 +375,24 @@ class ReplayBuffer:
         )
 
 
+def _choose(count: int, size: int, generator: torch.Generator) -> Int64Array:
+    """Return ``size`` distinct numbers below ``count``; every sequence of them is as likely."""
+    # torch's generator: to seed one of numpy costs more than all the rest of a draw
+    if count <= 32 * size:
+        few: Int64Array = torch.randperm(count, generator=generator)[:size].numpy()
+        return few
+    # the first different ones of a sequence with repetitions
+    chosen: dict[int, None] = {}
+    while len(chosen) < size:
+        chosen |= dict.fromkeys(torch.randint(count, (size,), generator=generator).tolist())
+    return np.fromiter(chosen, dtype=np.int64, count=size)
+
+
 def _int64(name: str, values: Tensor, count: int) -> Int64Array:
     """Return a vector of integers as an array."""
     if values.shape != (count,) or values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
         raise ValueError(
             f"`{name}` must be an integer tensor of shape [{count}], got {values.dtype} of shape {list(values.shape)}."
         )
-    array: Int64Array = values.detach().cpu().to(torch.int64).numpy()
+    array: Int64Array = values.to("cpu", torch.int64).numpy()
     return array

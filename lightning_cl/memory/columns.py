@@ -20,7 +20,8 @@ __all__ = ["Allocate", "Column", "DenseColumn", "ListColumn", "RaggedColumn", "R
 Bytes = npt.NDArray[np.uint8]
 Allocate = Callable[[int], Bytes]  # number of bytes -> zeros; the array goes when the last reference to it goes
 
-_FIRST_CHUNK, _LARGEST_CHUNK = 1 << 20, 1 << 28  # bytes
+_FIRST_CHUNK, _LARGEST_CHUNK = 1 << 24, 1 << 28  # bytes; zeros take no memory before they are written to
+_FIRST_ROWS = 1 << 20  # bytes of rows of varying length
 
 
 class RowShape:
@@ -35,6 +36,10 @@ class RowShape:
         self.shape = tuple(shape)
         self.dtype = dtype
         self.varying: int | None = None
+
+    def fits(self, rows: Tensor) -> bool:
+        """Return whether all of ``rows`` have exactly the shape and dtype of those before."""
+        return rows.dtype == self.dtype and rows.shape[1:] == self.shape
 
     def joined(self, shape: Sequence[int], dtype: torch.dtype) -> RowShape:
         """Return what holds for the earlier rows and one more row together.
@@ -224,7 +229,7 @@ class RaggedColumn(Column):
             self._close_gaps()
         item = self.row.dtype.itemsize
         if (needed := (self._used + elements) * item) > len(self._raw):
-            grown = self._allocate(max(needed, 2 * len(self._raw), _FIRST_CHUNK))
+            grown = self._allocate(max(needed, 2 * len(self._raw), _FIRST_ROWS))
             grown[: self._used * item] = self._raw[: self._used * item]
             self._raw[:] = 0
             self._raw = grown

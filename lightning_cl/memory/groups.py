@@ -38,24 +38,24 @@ class Groups:
         self.counts: Int64Array = np.empty(0, dtype=np.int64)
         self.floors: Int64Array = np.empty(0, dtype=np.int64)
         self._ascending: Int64Array = np.empty(0, dtype=np.int64)  # places in the order of their values
+        self._sorted: Int64Array = np.empty(0, dtype=np.int64)  # those values
         self._heaps: list[list[int]] = []  # of key * 2**32 + row
         self._bounds: Int64Array = np.empty(0, dtype=np.int64)  # every entry with a smaller key is in the heap
 
     def places(self, groups: Int64Array) -> Int64Array:
         """Return the place of each group, entering those that are new. Shape ``[n]`` like ``groups``."""
-        values = self.values[self._ascending]
-        found = values.searchsorted(groups)
-        known = np.append(values, 0)[found] == groups
-        known[found == len(values)] = False
-        if not known.all():
-            new = np.unique(groups[~known])
+        found = self._sorted.searchsorted(groups)
+        found[found == len(self._sorted)] = 0
+        if not (len(self._sorted) and (self._sorted[found] == groups).all()):
+            new = np.setdiff1d(groups, self._sorted)
             self.values = np.append(self.values, new)
             self.counts = np.append(self.counts, np.zeros_like(new))
             self.floors = np.append(self.floors, np.full_like(new, _LOWEST))
             self._bounds = np.append(self._bounds, np.full_like(new, _LOWEST))
             self._heaps.extend([] for _ in new)
             self._ascending = np.argsort(self.values)
-            found = self.values[self._ascending].searchsorted(groups)
+            self._sorted = self.values[self._ascending]
+            found = self._sorted.searchsorted(groups)
         return self._ascending[found]
 
     def count(self, places: Int64Array) -> Int64Array:

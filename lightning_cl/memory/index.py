@@ -152,13 +152,16 @@ class Index:
         # A key below one that was turned away must stay out also when a purge has made room: the content of a group is
         # then still all samples above a threshold, so no sample is more likely kept than another.
         positions = (keys > groups.floors[places]).nonzero()[0]
+        if not len(positions):
+            return None
         rows = self.find(batch.ids[positions])
         held = rows >= 0
         if renew and held.any():
             rows, renewed = rows[held], keys[positions[held]]
             self.keys[rows] = renewed
             groups.push(groups.places(self.groups[rows]), renewed, rows)
-        positions = positions[~held]
+        if held.any():
+            positions = positions[~held]
         if len(banned):
             positions = positions[~np.isin(batch.ids[positions], banned)]
         if not len(positions):
@@ -197,6 +200,8 @@ class Index:
 
     def _close_gaps(self, freed: Int64Array) -> tuple[Int64Array, Int64Array]:
         """Shorten the used slots by as many as ``freed`` (ascending), and return which move, and where to."""
+        if not len(freed):
+            return _NONE, _NONE
         shorter = self.local_size - len(freed)
         targets = freed[freed < shorter]
         sources = np.setdiff1d(np.arange(shorter, self.local_size), freed, assume_unique=True)
@@ -211,8 +216,9 @@ class Index:
         mine = np.flatnonzero(new.owners == self.rank)
         refilled, freed = freed[: len(mine)], freed[len(mine) :]
         sources, targets = self._close_gaps(freed)
-        moved = self._rows_of_slots[sources]
-        self.slots[moved], self._rows_of_slots[targets] = targets, moved
+        if len(sources):
+            moved = self._rows_of_slots[sources]
+            self.slots[moved], self._rows_of_slots[targets] = targets, moved
 
         added = len(new) - len(leaving)
         rows = np.concatenate((leaving, np.arange(self.size, self.size + added)))

@@ -189,6 +189,8 @@ class ArrayStorage(Storage):
     def _describe(self, name: str, value: Tensor | list[Any]) -> RowShape | None:
         """Return what all rows of the column have in common with these ones, None for plain Python values."""
         known = self._columns.get(name)
+        if isinstance(value, Tensor) and isinstance(known, DenseColumn) and known.row.fits(value):
+            return known.row
         if isinstance(value, Tensor):
             kinds = [(value.shape[1:], value.dtype)]
         elif isinstance(value, list) and isinstance(value[0], Tensor):

@@ -39,10 +39,12 @@ class Encoding(UserDict):
 
 
 def inputs(first: int = 0, rows: int = 3) -> Tensor:
+    """Inputs [rows, 2] that differ in every row."""
     return torch.arange(first, first + rows * 2, dtype=torch.float32).reshape(rows, 2)
 
 
 def labels(first: int = 0, rows: int = 3) -> Tensor:
+    """Labels [rows] that differ in every row."""
     return torch.arange(first, first + rows)
 
 
@@ -111,7 +113,7 @@ def _equal(first: Any, second: Any) -> bool:
 
 
 def test_collated_strings_are_cut_with_their_samples() -> None:
-    """torch collates the strings of tuples to a tuple and those of dicts to a list: both are columns."""
+    """The strings of tuples are collated to a tuple, those of dicts to a list: both are columns."""
     adapter = BatchAdapter()
     for batch in (
         default_collate([("a", 0), ("b", 1), ("c", 2)]),
@@ -146,7 +148,10 @@ def test_ragged_tokens_are_padded_on_the_right(here: int, stored: int) -> None:
     columns = {name: [leaf[0, :1].repeat(stored) * 2] for name, leaf in batch.items()}
     joined = BatchAdapter().join(batch, columns)
     longest = max(here, stored)
-    assert joined["input_ids"].tolist() == [[1] * here + [0] * (longest - here), [2] * stored + [0] * (longest - stored)]
+    assert joined["input_ids"].tolist() == [
+        [1] * here + [0] * (longest - here),
+        [2] * stored + [0] * (longest - stored),
+    ]
     assert joined["labels"].tolist() == [
         [5] * here + [-100] * (longest - here),
         [10] * stored + [-100] * (longest - stored),
@@ -199,7 +204,7 @@ def test_errors_name_what_is_missing() -> None:
     """A wrong path, a structure without tensors, stored samples of another structure."""
     with pytest.raises(ValueError, match=r"labels='2'.*names no leaf.*\['0', '1'\]"):
         BatchAdapter(labels="2").labels((inputs(), labels()))
-    with pytest.raises(ValueError, match="type object holds no tensor.*batch_adapter"):
+    with pytest.raises(ValueError, match=r"type object holds no tensor.*batch_adapter"):
         BatchAdapter().size(object())
     with pytest.raises(ValueError, match=r"no 'mask'.*they have \['x'\]"):
         BatchAdapter().join({"x": inputs(), "mask": inputs()}, {"x": inputs()})

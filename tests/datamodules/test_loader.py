@@ -122,18 +122,6 @@ def test_workers_stay_for_the_next_epoch():
     assert [worker.pid for worker in task_loader._iterator._workers] == first
 
 
-def test_counts_what_it_gave_away():
-    """The position of a checkpoint, which workers that read ahead do not know."""
-    task_loader = loader(Noisy(), num_workers=2)
-    batches = iter(task_loader)
-    next(batches)
-    next(batches)
-    assert task_loader.batches_read == 2
-    task_loader.sampler.set_position(epoch=0, batches=1, samples=4)
-    next(iter(task_loader))
-    assert task_loader.batches_read == 2
-
-
 def test_whole_batches_are_read_at_once():
     """A tensor dataset is indexed by the batch, and batches are what the default collation makes."""
     data = TensorDataset(torch.arange(10.0), torch.arange(10))

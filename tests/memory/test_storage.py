@@ -189,8 +189,9 @@ def test_purge_overwrites_the_bytes(storage, victim):
     assert drawn(buffer, "text") == [text[i] for i in left]
 
 
-def test_nothing_is_left_where_rows_have_been():
+def test_nothing_is_left_where_rows_have_been(monkeypatch):
     """Rows move when gaps are closed and when arrays grow; every array that was ever used is zero in the end."""
+    monkeypatch.setattr(columns_module, "_FIRST_CHUNK", 1 << 20)
     arrays = []
 
     class RememberingStorage(MemoryStorage):

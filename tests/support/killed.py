@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -65,25 +68,26 @@ def run(
     ckpt_path: Path | None = None,
     batch_size: int = 8,
     devices: int = 1,
+    extra: Sequence[Callback] = (),
+    stream_settings: dict[str, Any] | None = None,
+    **trainer_settings: Any,
 ) -> dict[str, Any]:
     """Fit two tasks of two epochs of three steps, with a checkpoint at every step; return all that must be the same."""
+    random.seed(11)
+    np.random.seed(11)
     torch.manual_seed(11)
     ewc, replay = EWC(20.0, mode="separate"), ExperienceReplay(10)
     metrics = ContinualMetrics(directory=root / "record")
     # the kill comes after the Fisher information is there and before the other callbacks hear of the task's end
-    callbacks: list[Callback] = [ewc, *([] if kill is None else [KillAt(*kill)]), replay, metrics]
+    callbacks: list[Callback] = [ewc, *([] if kill is None else [KillAt(*kill)]), replay, metrics, *extra]
     callbacks.append(ModelCheckpoint(root / "checkpoints", filename="{step}", every_n_train_steps=1, save_top_k=-1))
     module = ToyModule(dropout=0.3)
+    settings = {"scenario": ClassIncremental(n_tasks=2), "epochs_per_task": 2, **(stream_settings or {})}
     stream = TaskStreamDataModule(
-        NoisyData(),
-        toy_data(16, seed=1),
-        scenario=ClassIncremental(n_tasks=2),
-        batch_size=batch_size,
-        epochs_per_task=2,
-        num_workers=num_workers,
+        NoisyData(), toy_data(16, seed=1), batch_size=batch_size, num_workers=num_workers, **settings
     )
     strategy = {"strategy": "ddp", "devices": devices} if devices > 1 else {}
-    fitted = trainer(root, callbacks, **strategy)
+    fitted = trainer(root, callbacks, **strategy, **trainer_settings)
     fitted.fit(module, datamodule=stream, ckpt_path=ckpt_path, weights_only=True)
     return {
         "weights": weights(module),
@@ -93,13 +97,15 @@ def run(
         "replay": replay.buffer.all_samples.sample_ids,
         "stored": sorted(float(row.sum()) for row in replay.buffer.storage.read(_slots(replay), None)["0"]),
         "matrix": metrics.matrix,
+        "curves": torch.tensor([sum(scores) for scores in metrics._step_scores]),
+        "evaluated": metrics._steps,
         "rng": torch.get_rng_state(),
+        "numpy rng": torch.from_numpy(np.random.get_state()[1].astype(np.int64)),
+        "python rng": torch.tensor(random.getstate()[1]),
     }
 
 
 def _slots(replay: ExperienceReplay) -> Any:
-    import numpy as np
-
     return np.arange(len(replay.buffer))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -117,9 +118,12 @@ def exit_codes(function: Callable[..., Any], *arguments: Any, world_size: int = 
     ]
     for process in processes:
         process.start()
+    deadline = time.monotonic() + _TIMEOUT
+    # `join` would also wait for the workers that a killed process leaves behind
+    while any(process.exitcode is None for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.01)
     for process in processes:
-        process.join(_TIMEOUT)
-        if process.is_alive():
+        if process.exitcode is None:
             process.kill()
             process.join()
     return [process.exitcode for process in processes]

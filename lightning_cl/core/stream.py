@@ -1,0 +1,36 @@
+"""What makes a datamodule a stream of tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+from lightning_cl.core.task import Task
+
+__all__ = ["TaskStream"]
+
+
+@runtime_checkable
+class TaskStream(Protocol):
+    """What a datamodule offers to run a whole stream of tasks in one ``fit``."""
+
+    hides_boundaries: bool
+    reveals_task: bool
+
+    def task_of_epoch(self, epoch: int) -> Task:
+        """Return the task that the Trainer's ``epoch`` belongs to."""
+
+    def ends_task(self, epoch: int) -> bool:
+        """Return whether ``epoch`` is the last of its task."""
+
+    def evaluates_after(self, epoch: int) -> bool:
+        """Return whether tasks are evaluated at the end of ``epoch``."""
+
+    def evaluated_tasks(self) -> Sequence[Task]:
+        """Return the tasks of the current evaluation loaders, in their order; their indices are matrix columns."""
+
+    def trained_by(self, task: Task) -> list[int]:
+        """Return the matrix columns that ``task`` trains."""
+
+    def request_evaluation(self, task: Task | None) -> None:
+        """Give evaluation loaders as at the end of ``task``, whatever the epoch; ``None`` ends the request."""
