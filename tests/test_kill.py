@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from killed import run, run_and_save
 from ranks import exit_codes
 

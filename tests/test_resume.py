@@ -12,13 +12,11 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from killed import run, run_and_save
+from killed import KILLED, assert_same, run, run_and_save
 from lightning_cl import ContinualCallback, TaskStreamDataModule
 from lightning_cl.datamodules import ClassIncremental
 from ranks import exit_codes
 from toys import ToyModule, fit_stream, toy_data, toy_stream, trainer
-
-KILLED = -9
 
 # the hook and the step at which the process dies, and the last checkpoint that it wrote
 KILLS = {
@@ -30,15 +28,6 @@ KILLS = {
     "second task": (("on_train_batch_start", 8), 8),
     "consolidation of the second task": (("on_task_end", 12), 11),
 }
-
-
-def assert_same(resumed: dict[str, Any], straight: dict[str, Any]) -> None:
-    """The same bits everywhere."""
-    assert resumed.keys() == straight.keys()
-    for name, value in straight.items():
-        torch.testing.assert_close(
-            resumed[name], value, rtol=0, atol=0, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}"
-        )
 
 
 def elsewhere() -> None:

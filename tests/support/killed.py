@@ -20,6 +20,8 @@ from lightning_cl import EWC, ContinualCallback, ContinualMetrics, ExperienceRep
 from lightning_cl.datamodules import ClassIncremental
 from toys import ToyModule, toy_data, trainer, weights
 
+KILLED = -9
+
 
 class NoisyData(Dataset):
     """Toy data with a random augmentation, as image data sets have."""
@@ -113,3 +115,12 @@ def run_and_save(root: Path, **settings: Any) -> None:
     """As :func:`run`, for a process of its own; each rank saves its result."""
     result = run(root, **settings)
     torch.save(result, root / f"result-{os.environ.get('RANK', '0')}.pt")
+
+
+def assert_same(resumed: dict[str, Any], straight: dict[str, Any]) -> None:
+    """The same bits everywhere."""
+    assert resumed.keys() == straight.keys()
+    for name, value in straight.items():
+        torch.testing.assert_close(
+            resumed[name], value, rtol=0, atol=0, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}"
+        )
