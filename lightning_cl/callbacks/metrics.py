@@ -70,6 +70,8 @@ class ContinualMetrics(ContinualCallback):
         self._steps: list[int] = []
         self._step_tasks: list[int] = []
         self._step_scores: list[list[float]] = []
+        # of the fits before this one, each of which counts its steps from 0
+        self._steps_before = 0
         self._seconds = 0.0
         self._started = 0.0
 
@@ -133,10 +135,11 @@ class ContinualMetrics(ContinualCallback):
             return
         scores = self._read(trainer)
         task = events.task
-        if self._steps and (self._steps[-1], self._step_tasks[-1]) == (trainer.global_step, task.index):
+        step = self._steps_before + trainer.global_step
+        if self._steps and (self._steps[-1], self._step_tasks[-1]) == (step, task.index):
             # the same weights again: evaluated within the task just before its end, or made up for after a resume
             self._steps.pop(), self._step_tasks.pop(), self._step_scores.pop()
-        self._steps.append(trainer.global_step)
+        self._steps.append(step)
         self._step_tasks.append(task.index)
         self._step_scores.append(scores)
         if events.running:
@@ -149,6 +152,11 @@ class ContinualMetrics(ContinualCallback):
             # loggers take no NaN: what is undefined after one task is left out
             defined = {f"continual/{name}": value for name, value in self.compute().items() if value == value}
             logger.log_metrics(defined, step=trainer.global_step)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not isinstance(trainer.datamodule, TaskStream):  # type: ignore[attr-defined]
+            self._steps_before += trainer.global_step
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -214,6 +222,7 @@ class ContinualMetrics(ContinualCallback):
             "trained": {str(task): list(columns) for task, columns in self._trained.items()},
             "rows": {str(task): list(row) for task, row in self._rows.items()},
             "baseline": list(self._baseline_scores),
+            "steps_before": self._steps_before,
             "steps": list(self._steps),
             "step_tasks": list(self._step_tasks),
             "step_scores": [list(scores) for scores in self._step_scores],
@@ -226,6 +235,7 @@ class ContinualMetrics(ContinualCallback):
         self._rows = {int(task): row for task, row in state_dict["rows"].items()}
         self._trained = {int(task): columns for task, columns in state_dict["trained"].items()}
         self._baseline_scores = state_dict["baseline"]
+        self._steps_before = state_dict["steps_before"]
         self._steps, self._step_tasks = state_dict["steps"], state_dict["step_tasks"]
         self._step_scores = state_dict["step_scores"]
         self._seconds = state_dict["seconds"]

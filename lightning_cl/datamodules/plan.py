@@ -56,6 +56,7 @@ class StreamPlan:
         self.tasks = _tasks_of(self.plans)
         self.parts = _tasks_of(self.part_plans)
         self.starts: list[int] = [0, *np.cumsum(epochs).tolist()]
+        self._scenario = scenario
         self._seed = seed
         self._steps = steps_per_task
 
@@ -84,6 +85,22 @@ class StreamPlan:
     def seen_by(self, task: Task) -> list[int]:
         """Return the positions in ``parts`` that ``task`` and those before it train, ascending."""
         return sorted({part for parts in self._trained[: task.index + 1] for part in parts})
+
+    def check_single_pass(self, global_batch_size: int) -> None:
+        """Refuse ``steps_per_task`` that would show samples again where the scenario shows them once.
+
+        Raises:
+            ValueError: If so.
+        """
+        if self._steps is None or not self._scenario.single_pass:
+            return
+        for plan in self.plans:
+            steps = -(-len(plan.indices) // global_batch_size)
+            if self._steps > steps:
+                raise ValueError(
+                    f"{self._scenario!r} is a single pass, but `steps_per_task={self._steps}` is more than the {steps}"
+                    f" steps of task {plan.name!r}."
+                )
 
     def fingerprint(self) -> list[int]:
         """Return numbers that two streams share only if they hold the same rows in the same tasks and epochs."""

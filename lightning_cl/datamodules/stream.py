@@ -93,6 +93,8 @@ class TaskStreamDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         check_positive("batch_size", batch_size)
+        check_positive("num_workers", num_workers, zero_allowed=True)
+        check_positive("seed", seed, zero_allowed=True)
         for epochs in epochs_per_task if isinstance(epochs_per_task, list) else [epochs_per_task]:
             check_positive("epochs_per_task", epochs)
         if steps_per_task is not None:
@@ -108,6 +110,11 @@ class TaskStreamDataModule(LightningDataModule):
         check_choice("optimizer_policy", optimizer_policy, ("keep", "reset_state", "rebuild"))
         if not isinstance(scenario, Scenario):
             raise ValueError(f"`scenario` must be a scenario such as `ClassIncremental(n_tasks=5)`, got {scenario!r}.")
+        if scenario.hides_boundaries and optimizer_policy != "keep":
+            raise ValueError(
+                f"`optimizer_policy={optimizer_policy!r}` acts at task boundaries, which {scenario!r} hides: leave it"
+                " at 'keep'."
+            )
         self.sources = {"train": train, "val": val, "test": test}
         self.scenario = scenario
         self.batch_size = batch_size
@@ -216,6 +223,7 @@ class TaskStreamDataModule(LightningDataModule):
             return
         TaskEvents.attach(trainer)
         if stage == "fit":
+            self._check_limits(trainer)
             # a fit starts at its beginning, or at the checkpoint that is loaded next
             self._loader = self._position = None
             # a loader per epoch, and as many epochs as the stream has
@@ -225,6 +233,14 @@ class TaskStreamDataModule(LightningDataModule):
             if limit not in (None, -1, 1000, epochs):
                 rank_zero_info(f"`max_epochs={limit}` gives way to the {epochs} epochs of the task stream.")
             trainer.fit_loop.max_epochs = epochs
+
+    def _check_limits(self, trainer: Trainer) -> None:
+        if trainer.overfit_batches:  # type: ignore[attr-defined]
+            raise ValueError(
+                f"`Trainer(overfit_batches={trainer.overfit_batches})` puts samplers of its own into the stream's"  # type: ignore[attr-defined]
+                " loaders. Use `limit_train_batches` with `steps_per_task`, or a small subset of the data."
+            )
+        self.plan.check_single_pass(self.batch_size * self._ranks()["world_size"])
 
     def _make_plan(self) -> None:
         if self._made is not None:

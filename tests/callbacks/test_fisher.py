@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -365,6 +366,8 @@ class ShardedTokens(Tokens):
 
 def fisher_on_this_rank(root: Path, count: int, n_samples: int | None, sharded: bool) -> dict[str, list[float]]:
     """Measure without moving the weights."""
+    # a linear layer over positions returns a view on the CPU, whoever calls it
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     module = ShardedTokens() if sharded else Tokens()
     module.learning_rate = 0.0
     ewc = EWC(1.0, n_samples=n_samples)
