@@ -30,10 +30,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DataLoader
-from workloads import Cost, WithoutEvents, Workload, fit, torch_loop
+from workloads import Cost, WithoutEvents, Workload, fit, quiet_trainer, read, torch_loop
 
 from lightning_cl import EWC, ContinualCallback, ContinualMetrics, ExperienceReplay, Task
-from lightning_cl.datamodules import ClassIncremental
+from lightning_cl.datamodules import ClassIncremental, TaskStreamDataModule
 
 RESULTS = Path(__file__).parent / "results" / "overhead.json"
 
@@ -109,25 +109,25 @@ def lightning_and_stream(work: Workload, turns: int) -> list[Ratio]:
     def loader() -> DataLoader[Any]:
         return DataLoader(data, batch_size=work.batch_size, shuffle=True)
 
-    def one_task() -> Cost:
-        # all five tasks as one, the events taken away: only the loader differs
-        stream = work.stream(data, scenario=ClassIncremental(n_tasks=1), epochs_per_task=epochs)
-        return fit(work.network(), stream, [WithoutEvents()])[1]
+    def one_task() -> TaskStreamDataModule:
+        # all five tasks as one, so that only the loader differs
+        return work.stream(data, scenario=ClassIncremental(n_tasks=1), epochs_per_task=epochs)
 
+    stream = one_task()
+    stream.trainer = quiet_trainer()
+    stream.setup("fit")
     costs = take_turns(
         turns,
-        lambda: torch_loop(work.network(), loader(), epochs),
-        lambda: fit(work.network(), loader(), max_epochs=epochs)[1],
-        one_task,
+        lambda: read(loader(), epochs),
+        lambda: read(stream.train_dataloader(), epochs),
+        lambda: torch_loop(work, loader(), epochs),
+        lambda: fit(work, loader(), max_epochs=epochs)[1],
+        lambda: fit(work, one_task(), [WithoutEvents()])[1],
     )
     return [
-        ratio(work.name, "Lightning / torch loop", [(loop, plain) for loop, plain, _ in costs], None),
-        ratio(
-            work.name,
-            "Lightning, stream's loader / DataLoader",
-            [(plain, stream) for _, plain, stream in costs],
-            0.75 if work.name == "mlp" else None,
-        ),
+        ratio(work.name, "reading: stream's loader / DataLoader", [(a, b) for a, b, _, _, _ in costs], None),
+        ratio(work.name, "training: Lightning / torch loop", [(a, b) for _, _, a, b, _ in costs], None),
+        ratio(work.name, "training: stream's loader / DataLoader", [(a, b) for _, _, _, a, b in costs], None),
     ]
 
 
@@ -136,7 +136,7 @@ def events_pipeline_metrics(work: Workload, turns: int) -> list[Ratio]:
     data, val = work.data(work.steps), work.data(2)
 
     def run(*callbacks: Any) -> Cost:
-        return fit(work.network(), work.stream(data, val), callbacks)[1]
+        return fit(work, work.stream(data, val), callbacks)[1]
 
     pairs = take_turns(turns, lambda: run(WithoutEvents()), lambda: run(Identity(), ContinualMetrics()))
     return [ratio(work.name, "events + pipeline + metrics / without", pairs, 1.05)]
@@ -148,7 +148,7 @@ def ewc(work: Workload, turns: int) -> list[Ratio]:
     second = (work.steps, 2 * work.steps - 1)
 
     def run(*callbacks: Any) -> Cost:
-        return fit(work.network(), work.stream(data), callbacks, max_steps=2 * work.steps)[0].step_cost(*second)
+        return fit(work, work.stream(data), callbacks, max_steps=2 * work.steps)[0].step_cost(*second)
 
     def protected() -> tuple[Cost, Cost]:
         callback = TimedEWC(1.0)
@@ -159,8 +159,8 @@ def ewc(work: Workload, turns: int) -> list[Ratio]:
     steps = [(plain, step) for plain, (step, _) in costs]
     epochs = [(plain * work.steps, consolidation) for plain, (_, consolidation) in costs]
     return [
-        ratio(work.name, "EWC, a step of the second task / without", steps, 1.15),
-        ratio(work.name, "EWC, consolidation / epoch of the task", epochs, 1.0),
+        ratio(work.name, "EWC: a step of the second task / without", steps, 1.15),
+        ratio(work.name, "EWC: consolidation / an epoch of the task", epochs, 1.0),
     ]
 
 
@@ -171,7 +171,7 @@ def replay(work: Workload, turns: int) -> list[Ratio]:
 
     def run(*callbacks: Any, **settings: Any) -> tuple[Cost, Cost]:
         stream = work.stream(data, **settings)
-        module = fit(work.network(), stream, callbacks, max_steps=4 * steps)[0]
+        module = fit(work, stream, callbacks, max_steps=4 * steps)[0]
         return module.step_cost(*first), module.step_cost(*later)
 
     costs = take_turns(
@@ -181,8 +181,8 @@ def replay(work: Workload, turns: int) -> list[Ratio]:
         lambda: run(ExperienceReplay(20 * work.batch_size), epochs_per_task=2),
     )
     return [
-        ratio(work.name, "replay, first epoch of a task / as large batches", [(a[0], b[0]) for a, b in costs], 1.10),
-        ratio(work.name, "replay, later epochs / as large batches", [(a[1], b[1]) for a, b in costs], 1.10),
+        ratio(work.name, "replay: first epoch of a task / as large batches", [(a[0], b[0]) for a, b in costs], 1.10),
+        ratio(work.name, "replay: later epochs / as large batches", [(a[1], b[1]) for a, b in costs], 1.10),
     ]
 
 

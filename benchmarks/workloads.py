@@ -92,6 +92,12 @@ class Workload:
         torch.manual_seed(0)
         return MLP(784, NUM_CLASSES, hidden=[256, 256]) if self.name == "mlp" else TransformerClassifier()
 
+    def optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
+        """Return what such a network is trained by: SGD is the cheapest there is, so little overhead hides behind it."""
+        if self.name == "mlp":
+            return torch.optim.SGD(network.parameters(), lr=0.01)
+        return torch.optim.AdamW(network.parameters(), lr=1e-3)
+
     def data(self, steps: int) -> TensorDataset:
         """Return as many samples of each class, for ``steps`` full steps in each task."""
         generator = torch.Generator().manual_seed(0)
@@ -106,11 +112,12 @@ class Workload:
 
 
 class Classifier(LightningModule):
-    """A user's module. It logs nothing in training and steps by SGD, so that overhead has little to hide behind."""
+    """A user's module. It logs nothing in training, so that overhead has little to hide behind."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, work: Workload) -> None:
         super().__init__()
-        self.network = network
+        self.work = work
+        self.network = work.network()
         self.starts: list[Cost] = []
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -125,7 +132,7 @@ class Classifier(LightningModule):
         self.log("val_acc", (self.network(inputs).argmax(-1) == labels).float().mean(), batch_size=len(labels))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.01)
+        return self.work.optimizer(self.network)
 
     def step_cost(self, first: int, last: int) -> Cost:
         """Return the median cost of the steps from ``first`` up to ``last``, which is not among them."""
@@ -140,22 +147,26 @@ class WithoutEvents(Callback):
         trainer.callbacks[:] = [c for c in trainer.callbacks if not isinstance(c, (TaskEvents, WithoutEvents))]
 
 
-def fit(network: nn.Module, data: Any, callbacks: Sequence[Callback] = (), **settings: Any) -> tuple[Classifier, Cost]:
+def quiet_trainer(**settings: Any) -> Trainer:
+    """Return a Trainer that does nothing but train."""
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": -1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+    }
+    return Trainer(**(defaults | settings))
+
+
+def fit(work: Workload, data: Any, callbacks: Sequence[Callback] = (), **settings: Any) -> tuple[Classifier, Cost]:
     """Fit a loader or a datamodule; return the module with its times and the cost of the whole fit."""
-    module = Classifier(network)
+    module = Classifier(work)
     with tempfile.TemporaryDirectory() as directory:
-        trainer = Trainer(
-            accelerator="cpu",
-            devices=1,
-            callbacks=list(callbacks),
-            default_root_dir=directory,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            **({"max_epochs": -1} | settings),
-        )
+        trainer = quiet_trainer(callbacks=list(callbacks), default_root_dir=directory, **settings)
         gc.collect()
         start = Cost.now()
         if isinstance(data, DataLoader):
@@ -165,9 +176,20 @@ def fit(network: nn.Module, data: Any, callbacks: Sequence[Callback] = (), **set
         return module, Cost.now() - start
 
 
-def torch_loop(network: nn.Module, loader: DataLoader[Any], epochs: int) -> Cost:
+def read(loader: DataLoader[Any], epochs: int) -> Cost:
+    """Read all batches and do nothing with them; return the cost."""
+    gc.collect()
+    start = Cost.now()
+    for _ in range(epochs):
+        for _ in loader:
+            pass
+    return Cost.now() - start
+
+
+def torch_loop(work: Workload, loader: DataLoader[Any], epochs: int) -> Cost:
     """Train as a plain torch loop does; return its cost."""
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
+    network = work.network()
+    optimizer = work.optimizer(network)
     gc.collect()
     start = Cost.now()
     network.train()

@@ -1,4 +1,4 @@
-"""Runs with EWC, replay and metrics, killed with SIGKILL and resumed by fresh objects: the same bits as straight runs."""
+"""Runs with EWC, replay and metrics, killed and resumed by fresh objects: the same bits as straight runs."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_cl.core.evaluation import run_validation
+from lightning_cl.core.evaluation import check_metrics_apart, run_validation
 from lightning_cl.core.events import ContinualCallback, TaskEvents, TaskStream
 from lightning_cl.core.task import Task
 from lightning_cl.metrics.record import RunRecord, WithinTask, write_record
@@ -70,8 +70,9 @@ class ContinualMetrics(ContinualCallback):
         self._steps: list[int] = []
         self._step_tasks: list[int] = []
         self._step_scores: list[list[float]] = []
-        # of the fits before this one, each of which counts its steps from 0
+        # each fit may count its steps from 0
         self._steps_before = 0
+        self._steps_so_far = 0
         self._seconds = 0.0
         self._started = 0.0
 
@@ -119,6 +120,8 @@ class ContinualMetrics(ContinualCallback):
                 " validation loaders to `fit`), and do not set `limit_val_batches=0`."
             )
         self._started = time.monotonic()
+        if trainer.global_step == 0:
+            self._steps_before = self._steps_so_far
         if self.baseline and not self._rows and trainer.global_step == 0:
             if getattr(stream, "evaluate", "all") != "all":
                 raise ValueError(
@@ -133,8 +136,8 @@ class ContinualMetrics(ContinualCallback):
         events = TaskEvents.attach(trainer)
         if trainer.sanity_checking or trainer.state.fn != "fit" or events.task is None:
             return
-        scores = self._read(trainer)
-        task = events.task
+        check_metrics_apart(trainer, pl_module, self.monitor)
+        scores, task = self._read(trainer), events.task
         step = self._steps_before + trainer.global_step
         if self._steps and (self._steps[-1], self._step_tasks[-1]) == (step, task.index):
             # the same weights again: evaluated within the task just before its end, or made up for after a resume
@@ -155,8 +158,7 @@ class ContinualMetrics(ContinualCallback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not isinstance(trainer.datamodule, TaskStream):  # type: ignore[attr-defined]
-            self._steps_before += trainer.global_step
+        self._steps_so_far = self._steps_before + trainer.global_step
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -222,7 +224,7 @@ class ContinualMetrics(ContinualCallback):
             "trained": {str(task): list(columns) for task, columns in self._trained.items()},
             "rows": {str(task): list(row) for task, row in self._rows.items()},
             "baseline": list(self._baseline_scores),
-            "steps_before": self._steps_before,
+            "steps_before": [self._steps_before, self._steps_so_far],
             "steps": list(self._steps),
             "step_tasks": list(self._step_tasks),
             "step_scores": [list(scores) for scores in self._step_scores],
@@ -235,7 +237,7 @@ class ContinualMetrics(ContinualCallback):
         self._rows = {int(task): row for task, row in state_dict["rows"].items()}
         self._trained = {int(task): columns for task, columns in state_dict["trained"].items()}
         self._baseline_scores = state_dict["baseline"]
-        self._steps_before = state_dict["steps_before"]
+        self._steps_before, self._steps_so_far = state_dict["steps_before"]
         self._steps, self._step_tasks = state_dict["steps"], state_dict["step_tasks"]
         self._step_scores = state_dict["step_scores"]
         self._seconds = state_dict["seconds"]

@@ -131,7 +131,7 @@ def check_metrics_apart(trainer: Trainer, pl_module: LightningModule, name: str)
     Raises:
         ValueError: If so: the score of a loader would be that of all loaders up to it.
     """
-    results = trainer._results.values()  # type: ignore[union-attr]
+    results = [result for result in trainer._results.values() if not result.has_reset]  # type: ignore[union-attr]
     objects = [id(result.value) for result in results if result.meta.name == name and not result.is_tensor]
     if len(set(objects)) < len(objects) and not hasattr(pl_module.__dict__.get("validation_step"), _MARK):
         raise ValueError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import functools
 from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
 
@@ -92,7 +91,8 @@ def global_rows(
     """
     size = adapter.size(batch)
     datamodule = trainer.datamodule  # type: ignore[attr-defined]
-    if _identifies(type(datamodule)):
+    # not the protocol, whose check looks at all its methods: too long for every step
+    if hasattr(datamodule, "batch_sample_ids"):
         sample_ids, owners = datamodule.batch_sample_ids(batch_idx)
         mine = int((owners == trainer.global_rank).sum()) if world_size() > 1 else len(owners)
         if mine != size:
@@ -108,12 +108,6 @@ def global_rows(
         return first_id + torch.arange(len(joined)), owners, joined.cpu()
     sizes, owners = gather_rows(torch.zeros(size, device=trainer.strategy.root_device))
     return first_id + torch.arange(len(sizes)), owners, None
-
-
-@functools.cache
-def _identifies(kind: type) -> bool:
-    # a check against a protocol looks at all its methods, too long for every step
-    return issubclass(kind, IdentifiedData)
 
 
 def _class_labels(adapter: BatchAdapter, batch: Any) -> Tensor | None:

@@ -65,6 +65,7 @@ class TaskStreamDataModule(LightningDataModule):
             classes than tasks.
 
     Example:
+        >>> import torch
         >>> from lightning_cl.datamodules import ClassIncremental
         >>> inputs, labels = torch.randn(8, 2), torch.tensor([0, 1, 2, 3] * 2)
         >>> stream = TaskStreamDataModule((inputs, labels), scenario=ClassIncremental(n_tasks=2), epochs_per_task=3)
