@@ -46,7 +46,7 @@ def run(config: dict[str, Any], seeds: int, folder: Path) -> list[RunRecord]:
     stream = folder / "stream.yaml"
     stream.write_text(yaml.safe_dump(config, sort_keys=False))
     compare(stream, methods=METHODS, seeds=seeds, output=folder)
-    return read_records([folder])
+    return read_records([folder / method for method in METHODS])
 
 
 def write(records: list[RunRecord], config: dict[str, Any], path: Path) -> None:

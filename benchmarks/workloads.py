@@ -93,7 +93,7 @@ class Workload:
         return MLP(784, NUM_CLASSES, hidden=[256, 256]) if self.name == "mlp" else TransformerClassifier()
 
     def optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
-        """Return what such a network is trained by: SGD is the cheapest there is, so little overhead hides behind it."""
+        """Return what such networks are trained by; SGD is the cheapest, so that little overhead hides behind it."""
         if self.name == "mlp":
             return torch.optim.SGD(network.parameters(), lr=0.01)
         return torch.optim.AdamW(network.parameters(), lr=1e-3)

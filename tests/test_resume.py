@@ -152,6 +152,7 @@ def test_saved_by_lightnings_defaults(settings: dict[str, Any], straight: dict[s
         ({"epochs_per_task": [1, 3], "evaluate": "all"}, {}),
         ({"optimizer_policy": "reset_state"}, {}),
         ({"optimizer_policy": "rebuild"}, {}),
+        ({}, {"limit_train_batches": 2}),
     ],
     ids=str,
 )

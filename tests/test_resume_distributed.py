@@ -132,6 +132,16 @@ def saved_on_two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[d
     return root / "checkpoints", on_ranks(root, 2, visit, batch_size=4)
 
 
+def test_ranks_read_disjoint_parts_of_the_batches_of_one_process(saved_on_two: Any, tmp_path: Path) -> None:
+    """Lightning puts no sampler of its own: the joined batches are those of one process with batches as large."""
+    _, (first, second) = saved_on_two
+    visit(tmp_path, devices=1, batch_size=8)
+    alone = torch.load(tmp_path / "result-0.pt", weights_only=True)["rows"]
+    for epoch in alone:
+        assert not set(first["rows"][epoch]) & set(second["rows"][epoch])
+        assert interleaved([first["rows"][epoch], second["rows"][epoch]], 4) == alone[epoch]
+
+
 @pytest.mark.parametrize(("world_size", "batch_size"), [(1, 8), (3, 4)], ids=["one rank", "three ranks"])
 @pytest.mark.parametrize("step", [4, 8], ids=["first task", "second task"])
 def test_another_number_of_ranks_goes_on(

@@ -35,7 +35,7 @@ class MaskedHead:
     def mask_logits(self, logits: Tensor) -> Tensor:
         """Return ``logits`` [..., C] with a very negative value at classes that are masked.
 
-        Finite, also when summed over a batch, so that a loss over a masked label is large but neither NaN nor infinite.
+        Far from the limits of the dtype, so that a loss over a few masked labels is large but neither NaN nor infinite.
 
         Raises:
             ValueError: If the task has a class outside the head, or ``head_mask`` is unknown.
@@ -50,4 +50,4 @@ class MaskedHead:
             raise ValueError(f"{task} has class {max(classes)}, but the head has {logits.shape[-1]} outputs.")
         allowed = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
         allowed[list(classes)] = True
-        return logits.masked_fill(~allowed, max(-1e9, torch.finfo(logits.dtype).min / 2))
+        return logits.masked_fill(~allowed, max(-1e9, torch.finfo(logits.dtype).min / 8))

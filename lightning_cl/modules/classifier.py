@@ -41,6 +41,8 @@ class Classifier(MaskedHead, LightningModule):
     ) -> None:
         super().__init__()
         check_positive("learning_rate", learning_rate)
+        check_positive("weight_decay", weight_decay, zero_allowed=True)
+        check_choice("head_mask", head_mask, ("none", "task", "seen"))
         check_choice("optimizer", optimizer, ("adam", "adamw", "sgd"))
         self.network = network
         self.learning_rate = learning_rate

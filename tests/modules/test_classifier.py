@@ -64,7 +64,7 @@ def test_logs_accuracy_and_loss_of_each_loader(tmp_path: Path) -> None:
     inputs, labels = toy_data(16, seed=2).tensors
     for loader, (result, classes) in enumerate(zip(results, ([0, 1], [2, 3]), strict=True)):
         rows = torch.isin(labels, torch.tensor(classes))
-        logits = module.network(inputs[rows])
+        logits = module.network(inputs[rows]).detach()
         accuracy = (logits.argmax(-1) == labels[rows]).float().mean()
         assert result[f"test_acc/dataloader_idx_{loader}"] == pytest.approx(float(accuracy))
         loss = float(cross_entropy(logits, labels[rows]))
