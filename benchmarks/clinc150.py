@@ -1,7 +1,8 @@
 """CLINC150 as 15 tasks of 10 intents: ``python benchmarks/clinc150.py --data data/clinc150/data_full.json [--quick]``.
 
 The stream, the network and the settings of the methods are those of ``examples/cli/text.yaml``; the README beside it
-says where the data is. Fine-tuning, EWC, replay and joint training with three seeds take about five minutes on one idle core.
+says where the data is. Fine-tuning, EWC, replay and joint training with three seeds take about five minutes on an idle
+core.
 """
 
 from __future__ import annotations

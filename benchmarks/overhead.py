@@ -104,7 +104,7 @@ class TimedEWC(EWC):
 
 def lightning_and_stream(work: Workload, turns: int) -> list[Ratio]:
     """Compare Lightning with a torch loop, and the stream's loader with a DataLoader."""
-    epochs, data = 2, work.data(work.steps)
+    epochs, data = 1, work.data(work.steps)
 
     def loader() -> DataLoader[Any]:
         return DataLoader(data, batch_size=work.batch_size, shuffle=True)
@@ -229,8 +229,8 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    turns = 3 if arguments.quick else 9
-    scale = 1 if arguments.quick else 3
+    turns = 3 if arguments.quick else 7
+    scale = 1 if arguments.quick else 2
     ratios: list[Ratio] = []
     for work in (Workload("mlp", 64, 40 * scale), Workload("transformer", 32, 10 * scale)):
         for measure in (lightning_and_stream, events_pipeline_metrics, ewc, replay):

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,15 @@ def compare(stream: str | Path, *, methods: list[str], seeds: int, output: str |
         if method not in (*_BASELINES, *settings, *method_classes()):
             known = sorted({*_BASELINES, *settings, *method_classes()})
             raise ValueError(f"`--methods` names {method!r}; known are {', '.join(known)}.")
+        given = settings.get(method) or {}
+        if method in method_classes() and "callbacks" not in given:
+            parameters = signature(method_classes()[method]).parameters.values()
+            missing = [p.name for p in parameters if p.default is p.empty and p.name not in given]
+            if missing:
+                raise ValueError(
+                    f"Method {method!r} needs {', '.join(missing)}: add `methods: {{{method}: {{{missing[0]}: ...}}}}`"
+                    f" to {str(stream)!r}."
+                )
     if seeds < 1 or jobs < 1:
         raise ValueError(f"`--seeds` and `--jobs` must be at least 1, got {seeds} and {jobs}.")
     folder = Path(output)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -40,9 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _in_one_line(error: Exception) -> str:
     """Return the message without what a config's parser says of types that were not meant."""
-    noise = ("Does not validate against", "Subtypes:", "Errors:", "Given value", "- Expected a <class 'NoneType'>")
-    lines = [line.strip() for line in str(error).splitlines()]
-    return " ".join(line.removeprefix("- ") for line in lines if line and not line.startswith(noise))
+    noise = re.compile(r"Does not validate against|Subtypes:|Errors:|Given value|Expected a <class '[\w.]+'>$|$")
+    lines = [line.strip().removeprefix("- ") for line in str(error).splitlines()]
+    return " ".join(line for line in lines if not noise.match(line))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -104,6 +104,10 @@ def test_compare_refuses_what_it_does_not_know(tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "plain.yaml").write_text("model: {}\n")
     assert "TaskStreamDataModule" in fails_with(["compare", str(tmp_path / "plain.yaml")], capsys)
     assert "at least 1" in fails_with(["compare", str(DEMO), "--seeds", "0"], capsys)
+    config = yaml.safe_load(DEMO.read_text())
+    del config["methods"]["ewc"]
+    (tmp_path / "bare.yaml").write_text(yaml.safe_dump(config))
+    assert "'ewc' needs strength" in fails_with(["compare", str(tmp_path / "bare.yaml"), "--methods", "ewc"], capsys)
 
 
 def test_compare_says_which_run_failed_and_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
