@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, nll_loss
-from torchmetrics import MetricCollection
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.aggregation import CatMetric, MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
@@ -32,6 +32,20 @@ def attached(module: ToyModule, root: Path) -> ToyModule:
 INPUTS, LABELS = torch.randn(5, NUM_FEATURES), torch.tensor([0, 1, 2, 3, 0])
 
 
+class Total(Metric):
+    """Counts in place, as users write it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
+
+    def update(self, values: Tensor) -> None:
+        self.total += len(values)
+
+    def compute(self) -> Tensor:
+        return self.total
+
+
 class Busy(ToyModule):
     """A module whose step leaves traces wherever steps do."""
 
@@ -42,6 +56,7 @@ class Busy(ToyModule):
         self.accuracy = MulticlassAccuracy(NUM_CLASSES, average="micro")
         self.scores = MetricCollection([MulticlassF1Score(NUM_CLASSES), MulticlassAccuracy(NUM_CLASSES)])
         self.all_losses = CatMetric()
+        self.total = Total()
         self.register_buffer("queue", torch.zeros(2))
         self.losses: list[Tensor] = []
         self.steps, self.smooth, self.by_class, self.seen = 0, torch.zeros(()), {"0": 0}, {1}
@@ -54,6 +69,7 @@ class Busy(ToyModule):
         for metric in (self.accuracy, self.scores):
             metric(logits, labels)
         self.all_losses.update(loss)
+        self.total.update(labels)
         self.log("train_loss", loss)
         self.log_dict({"train_acc": self.accuracy, "steps": float(self.steps)})
         self.queue = torch.cat([self.queue, loss.detach()[None]])
@@ -76,6 +92,7 @@ def traces(module: Busy) -> dict[str, Any]:
         "computed": module.accuracy.compute().item() if module.accuracy.update_called else None,
         "scores": {name: value.item() for name, value in module.scores.compute().items()},
         "cat": [value.item() for value in module.all_losses.value],
+        "total": module.total.total.item(),
         "training": [child.training for child in module.modules()],
         "plain": [module.steps, module.smooth.item(), dict(module.by_class), set(module.seen), list(module._private)],
         "losses": [loss.item() for loss in module.losses],

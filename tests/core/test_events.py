@@ -147,6 +147,13 @@ def test_a_fit_may_end_anywhere(settings: dict[str, Any], steps: int, tmp_path: 
     assert diary.steps == [steps] == [fit.global_step]
 
 
+def test_a_limit_of_steps_ends_the_task_before_the_validation_that_follows(tmp_path: Path) -> None:
+    """In the middle of an epoch, where Lightning's own schedule has an evaluation."""
+    diary = Diary()
+    fit_plain(tmp_path, [diary], max_epochs=-1, max_steps=2, val_check_interval=2)
+    assert diary.lines[-3:] == ["train", "end 0", "validate"]
+
+
 def test_early_stopping_ends_the_task_of_a_plain_fit(tmp_path: Path) -> None:
     """Nobody knows before the validation, so the task ends after it, once."""
     diary = Diary()
@@ -245,6 +252,21 @@ def test_plain_fits_go_on_from_checkpoints(tmp_path: Path) -> None:
     fit.fit(ToyModule(), second, second, ckpt_path=tmp_path / "step=6.ckpt")
     assert diaries[2].events == ["end 1"]
     assert diaries[2].tasks[0].name == "fit 2"
+
+
+def test_a_plain_loader_goes_on_with_its_order(tmp_path: Path) -> None:
+    """Shuffled by the global generator, which a checkpoint of Lightning alone does not hold; with dropout."""
+    data = toy_loaders()[0].dataset
+
+    def fit(callbacks: list[Any], ckpt_path: Path | None = None) -> Tensor:
+        module, shuffled = ToyModule(dropout=0.3), DataLoader(data, batch_size=8, shuffle=True)
+        job = trainer(tmp_path, [Diary(), *callbacks], max_epochs=3)
+        job.fit(module, shuffled, toy_loaders()[0], ckpt_path=ckpt_path)
+        return weights(module)
+
+    straight = fit([saver(tmp_path)])
+    torch.manual_seed(1234)
+    assert torch.equal(fit([saver(tmp_path / "on")], tmp_path / "step=3.ckpt"), straight)
 
 
 def test_a_checkpoint_counts_more_than_the_object(tmp_path: Path) -> None:
@@ -386,8 +408,11 @@ def test_the_task_is_known_in_training_and_in_evaluation(tmp_path: Path) -> None
     fit.test(module, datamodule=stream, verbose=False)
     assert module.evaluation_tasks == [("test", 0, 0), ("test", 1, 1)]
     assert module.current_task.index == 1
+    module.current_task = stream.tasks[0]
     trainer(tmp_path).validate(module, datamodule=stream, verbose=False)
-    assert module.current_task.index == 1
+    assert module.current_task.index == 0
+    trainer(tmp_path).test(module, datamodule=stream, verbose=False)
+    assert module.current_task.index == 0
 
 
 def test_the_task_of_an_evaluation_is_hidden_where_it_must_be(tmp_path: Path) -> None:
