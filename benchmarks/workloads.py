@@ -176,27 +176,25 @@ def fit(work: Workload, data: Any, callbacks: Sequence[Callback] = (), **setting
         return module, Cost.now() - start
 
 
-def read(loader: DataLoader[Any], epochs: int) -> Cost:
+def read(loader: DataLoader[Any]) -> Cost:
     """Read all batches and do nothing with them; return the cost."""
     gc.collect()
     start = Cost.now()
-    for _ in range(epochs):
-        for _ in loader:
-            pass
+    for _ in loader:
+        pass
     return Cost.now() - start
 
 
-def torch_loop(work: Workload, loader: DataLoader[Any], epochs: int) -> Cost:
-    """Train as a plain torch loop does; return its cost."""
+def torch_loop(work: Workload, loader: DataLoader[Any]) -> Cost:
+    """Train an epoch as a plain torch loop does; return its cost."""
     network = work.network()
     optimizer = work.optimizer(network)
     gc.collect()
     start = Cost.now()
     network.train()
-    for _ in range(epochs):
-        for inputs, labels in loader:
-            optimizer.zero_grad()
-            loss = cross_entropy(network(inputs), labels)
-            loss.backward()
-            optimizer.step()
+    for inputs, labels in loader:
+        optimizer.zero_grad()
+        loss = cross_entropy(network(inputs), labels)
+        loss.backward()
+        optimizer.step()
     return Cost.now() - start

@@ -22,6 +22,7 @@ from typing_extensions import override
 
 __all__ = [
     "PerSampleGradient",
+    "Scratch",
     "add_rank_one_squares_",
     "add_squared_sums_",
     "has_rank_one_gradients",
@@ -33,6 +34,21 @@ __all__ = [
 # elements of per-sample gradients and patches held at once: 2 MB of float32 stay in the cache of a CPU core
 _CPU_CHUNK = 1 << 19
 _GPU_CHUNK = 1 << 26
+
+
+class Scratch:
+    """Memory that is used again for every chunk of a dataset, because fresh memory costs page faults each time."""
+
+    def __init__(self) -> None:
+        self._memory: Tensor | None = None
+
+    def take(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        """Return a tensor of ``shape`` with any content, in dtype and on device of ``like``, until the next call."""
+        count = math.prod(shape)
+        memory = self._memory
+        if memory is None or memory.numel() < count or (memory.dtype, memory.device) != (like.dtype, like.device):
+            self._memory = memory = like.new_empty(count)
+        return memory[:count].view(shape)
 
 
 class PerSampleGradient(ABC):
@@ -48,33 +64,34 @@ class PerSampleGradient(ABC):
         self.footprint = footprint
 
     @abstractmethod
-    def materialise(self, rows: slice) -> Tensor:
-        """Return the gradients of the samples ``rows`` as a new tensor ``[rows, *parameter.shape]``."""
+    def materialise(self, rows: slice, scratch: Scratch | None = None) -> Tensor:
+        """Return the gradients of the samples ``rows``, ``[rows, *parameter.shape]``: new, or in ``scratch``."""
 
-    def add_squares_(self, total: Tensor) -> None:
+    def add_squares_(self, total: Tensor, scratch: Scratch) -> None:
         """Add the sum over samples of the squared gradients to ``total``."""
-        _add_squared_sums_by_chunks_([self], total)
+        _add_squared_sums_by_chunks_([self], total, scratch)
 
 
-def add_squared_sums_(parts: Sequence[PerSampleGradient], total: Tensor) -> None:
+def add_squared_sums_(parts: Sequence[PerSampleGradient], total: Tensor, scratch: Scratch) -> None:
     """Add the sum over samples of the squared gradient to ``total``, of the parameter's shape.
 
     Args:
         parts: One entry for each call that the parameter took part in; they are summed before they are squared.
         total: Changed in place.
+        scratch: Overwritten.
     """
     if len(parts) == 1:
-        parts[0].add_squares_(total)
+        parts[0].add_squares_(total, scratch)
     else:
-        _add_squared_sums_by_chunks_(parts, total)
+        _add_squared_sums_by_chunks_(parts, total, scratch)
 
 
-def _add_squared_sums_by_chunks_(parts: Sequence[PerSampleGradient], total: Tensor) -> None:
+def _add_squared_sums_by_chunks_(parts: Sequence[PerSampleGradient], total: Tensor, scratch: Scratch) -> None:
     budget = _CPU_CHUNK if total.device.type == "cpu" else _GPU_CHUNK
     size = max(1, budget // sum(part.footprint for part in parts))
     for start in range(0, parts[0].batch, size):
         rows = slice(start, start + size)
-        gradient = parts[0].materialise(rows)
+        gradient = parts[0].materialise(rows, scratch)
         for part in parts[1:]:
             gradient += part.materialise(rows)
         total += gradient.square_().sum(0)
@@ -88,11 +105,11 @@ class _Direct(PerSampleGradient):
         self.gradient = gradient
 
     @override
-    def materialise(self, rows: slice) -> Tensor:
+    def materialise(self, rows: slice, scratch: Scratch | None = None) -> Tensor:
         return self.gradient[rows].clone()
 
     @override
-    def add_squares_(self, total: Tensor) -> None:
+    def add_squares_(self, total: Tensor, scratch: Scratch) -> None:
         total += self.gradient.square().sum(0)
 
 
@@ -105,8 +122,8 @@ class _Outer(PerSampleGradient):
         self.inputs = inputs
 
     @override
-    def materialise(self, rows: slice) -> Tensor:
-        return torch.bmm(self.gradient[rows].transpose(1, 2), self.inputs[rows])
+    def materialise(self, rows: slice, scratch: Scratch | None = None) -> Tensor:
+        return _batched_product(self.gradient[rows].transpose(1, 2), self.inputs[rows], scratch)
 
 
 class _Patches(PerSampleGradient):
@@ -122,7 +139,7 @@ class _Patches(PerSampleGradient):
         super().__init__(len(gradient), weight + patches)
 
     @override
-    def materialise(self, rows: slice) -> Tensor:
+    def materialise(self, rows: slice, scratch: Scratch | None = None) -> Tensor:
         layer, inputs, gradient = self.layer, self.inputs[rows], self.gradient[rows]
         sample, channel, *pixel = inputs.stride()
         kernel = [stride * dilation for stride, dilation in zip(pixel, layer.dilation, strict=True)]
@@ -133,7 +150,7 @@ class _Patches(PerSampleGradient):
             inputs.storage_offset(),
         )
         by_group = (len(inputs) * layer.groups, -1, gradient[0, 0].numel())
-        outer = torch.bmm(gradient.reshape(by_group), patches.reshape(by_group).transpose(1, 2))
+        outer = _batched_product(gradient.reshape(by_group), patches.reshape(by_group).transpose(1, 2), scratch)
         return outer.view(len(inputs), *layer.weight.shape)
 
 
@@ -149,13 +166,13 @@ class _Rows(PerSampleGradient):
         super().__init__(len(gradient), layer.weight.numel())
 
     @override
-    def materialise(self, rows: slice) -> Tensor:
+    def materialise(self, rows: slice, scratch: Scratch | None = None) -> Tensor:
         index = self.index[rows]
         table = self.gradient.new_zeros(len(index), self.num_rows, self.gradient.shape[-1])
         return table.scatter_add_(1, index.unsqueeze(-1).expand_as(self.gradient[rows]), self.gradient[rows])
 
     @override
-    def add_squares_(self, total: Tensor) -> None:
+    def add_squares_(self, total: Tensor, scratch: Scratch) -> None:
         # one row for each different (sample, index), so that a repeated index is summed before it is squared
         offset = torch.arange(self.batch, device=self.index.device).unsqueeze(1) * self.num_rows
         pairs, where = (self.index + offset).unique(return_inverse=True)
@@ -185,7 +202,7 @@ class _Mapped(PerSampleGradient):
         super().__init__(len(gradient), self.state[f"layer.{name}"].numel() + 2 * gradient[0].numel())
 
     @override
-    def materialise(self, rows: slice) -> Tensor:
+    def materialise(self, rows: slice, scratch: Scratch | None = None) -> Tensor:
         # without hooks, which would take this for a call of the user's model
         bare = _WithoutHooks(self.layer)
         dtype = self.gradient.dtype
@@ -209,6 +226,11 @@ class _Mapped(PerSampleGradient):
             for leaf, dim in zip(self.leaves, self.dims, strict=True)
         ]
         return torch.func.vmap(one_sample, in_dims=(0, *self.dims))(self.gradient[rows], *leaves)
+
+
+def _batched_product(left: Tensor, right: Tensor, scratch: Scratch | None) -> Tensor:
+    shape = (len(left), left.shape[1], right.shape[2])
+    return torch.bmm(left, right, out=None if scratch is None else scratch.take(shape, left))
 
 
 class _WithoutHooks(nn.Module):

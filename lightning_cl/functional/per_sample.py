@@ -24,6 +24,7 @@ from typing_extensions import Self
 
 from lightning_cl.functional.layer_gradients import (
     PerSampleGradient,
+    Scratch,
     add_rank_one_squares_,
     add_squared_sums_,
     has_rank_one_gradients,
@@ -82,6 +83,7 @@ class LayerTape:
         self._unsharded: dict[str, Tensor] = {}
         self._handles: list[RemovableHandle] = []
         self._recording = False
+        self._scratch = Scratch()
 
     def __enter__(self) -> Self:
         owned = {id(param): name for name, param in self.params.items()}
@@ -103,6 +105,7 @@ class LayerTape:
             handle.remove()
         self._handles.clear()
         self._recording = False
+        self._scratch = Scratch()
         self.clear()
 
     def clear(self) -> None:
@@ -165,7 +168,7 @@ class LayerTape:
                     if not any(number in squares for number in numbers):
                         parts = self._parts(name, numbers, gradients, totals[name].dtype)
                         if parts:
-                            add_squared_sums_(parts, totals[name])
+                            add_squared_sums_(parts, totals[name], self._scratch)
             for number, square in squares.items():
                 call = self._calls[number]
                 inputs = layer_input(call.args, call.kwargs)
@@ -217,7 +220,7 @@ class LayerTape:
                             _check(self._calls[number], batch_size)
                         parts = self._parts(name, numbers, gradients, found[name].dtype)
                         if parts:
-                            add_squared_sums_(parts, found[name])
+                            add_squared_sums_(parts, found[name], self._scratch)
                     except (RuntimeError, ValueError) as error:
                         # whatever a foreign layer cannot do, the caller can do by a loop
                         reasons.setdefault(name, str(error))

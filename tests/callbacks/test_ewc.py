@@ -18,6 +18,8 @@ from users import Manual, Texts, UserModule, loader
 
 import reference
 from lightning_cl import EWC
+from lightning_cl.datamodules import ClassIncremental
+from lightning_cl.datamodules.samplers import TaskSampler
 from toys import NUM_CLASSES, ToyModule, fit_stream, toy_data, toy_loaders, toy_stream, trainer, weights
 
 STRENGTH = 3.0
@@ -215,6 +217,38 @@ def test_separate_keeps_one_quadratic_for_each_task(tmp_path: Path) -> None:
         folded = 2 * state["fisher"][name] * (parameter - state["anchors"][name])
         torch.testing.assert_close(folded.detach(), gradient, rtol=1e-4, atol=1e-5)
     assert len(state["fisher"]) == 4
+    restored = EWC(2.0, mode="separate")
+    restored.load_state_dict(state)
+    assert restored.state_dict()["constant"] == state["constant"] > 0
+
+
+@pytest.mark.parametrize("mode", ["online", "separate"])
+def test_four_tasks_in_one_fit(mode: Any, tmp_path: Path) -> None:
+    """The anchors move on at each boundary, as in a plain loop with the penalty in the loss."""
+    inputs, labels = toy_data().tensors
+    module = ToyModule()
+    optimizer = module.configure_optimizers()
+    terms: list[tuple[list[Tensor], list[Tensor]]] = []
+    for task in range(4):
+        rows_of_task = (labels == task).nonzero().flatten()
+        sampler = TaskSampler(rows_of_task.numpy(), task=task, batch_size=4, seed=0)
+        for step in range(3):
+            (rows,) = sampler.global_rows(step)
+            loss = cross_entropy(module(inputs[rows]), labels[rows])
+            for fisher, anchors in terms:
+                for f, a, p in zip(fisher, anchors, module.parameters(), strict=True):
+                    loss = loss + 4.0 / 2 * (f * (p - a) ** 2).sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        fisher = reference.per_sample_fisher(module, inputs[rows_of_task], labels[rows_of_task])
+        anchors = [p.detach().clone() for p in module.parameters()]
+        if terms and mode == "online":
+            fisher = [old + new for old, new in zip(terms.pop()[0], fisher, strict=True)]
+        terms.append((fisher, anchors))
+    stream = toy_stream(scenario=ClassIncremental(n_tasks=4), epochs_per_task=1, batch_size=4)
+    fitted = fit_stream(tmp_path, [EWC(4.0, mode=mode)], stream=stream)
+    torch.testing.assert_close(fitted, weights(module), rtol=0, atol=1e-5)
 
 
 def test_full_decay_forgets_the_tasks_before(tmp_path: Path) -> None:
