@@ -5,6 +5,7 @@ from lightning_cl.callbacks import EWC, ContinualEvaluation, ContinualMetrics, E
 from lightning_cl.core import ContinualCallback, Task
 from lightning_cl.datamodules import TaskStreamDataModule
 from lightning_cl.mixins import MaskedHead
+from lightning_cl.strategies import FSDP2Strategy
 
 __all__ = [
     "EWC",
@@ -12,6 +13,7 @@ __all__ = [
     "ContinualEvaluation",
     "ContinualMetrics",
     "ExperienceReplay",
+    "FSDP2Strategy",
     "MaskedHead",
     "Task",
     "TaskProgressBar",

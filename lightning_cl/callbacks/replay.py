@@ -14,9 +14,10 @@ from lightning_cl.core.batches import BatchAdapter, Column
 from lightning_cl.core.capture import OutputCapture, forward_loss, move_batch, run_step, silenced, undisturbed
 from lightning_cl.core.card import MethodCard
 from lightning_cl.core.checks import check_automatic_optimization, check_choice, check_positive
-from lightning_cl.core.distributed import gather_on_rank_zero, gather_rows
+from lightning_cl.core.distributed import gather_rows
 from lightning_cl.core.events import ContinualCallback, TaskEvents
 from lightning_cl.core.rng import derived_seed
+from lightning_cl.core.shards import PerRank, of_all_ranks
 from lightning_cl.core.task import Task
 from lightning_cl.core.task_data import IdentifiedData, global_rows, task_batches
 from lightning_cl.memory import Drawn, IndexStorage, MmapStorage, ReplayBuffer, Storage
@@ -286,18 +287,17 @@ class ExperienceReplay(ContinualCallback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        parts = gather_on_rank_zero(self.buffer.state_dict())
         return {
             "presented": self._presented,
             "first_epoch": self._first_epoch,
-            "buffer": None if parts is None else ReplayBuffer.merge_states(parts),
+            "buffer": PerRank(self.buffer.state_dict()),
         }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._presented = state_dict["presented"]
         self._first_epoch = state_dict["first_epoch"]
-        self.buffer.load_state_dict(state_dict["buffer"])
+        self.buffer.load_state_dict(ReplayBuffer.merge_states(of_all_ranks(state_dict["buffer"])))
 
 
 def _stack(parts: list[dict[str, Column]]) -> dict[str, Column]:

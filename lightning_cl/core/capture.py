@@ -15,7 +15,8 @@ from torchmetrics import Metric
 
 from lightning_cl.core.batches import BatchAdapter, own_mapping
 from lightning_cl.core.rng import isolated_rng
-from lightning_cl.core.step import loss_of, user_training_step
+from lightning_cl.core.state import reshard
+from lightning_cl.core.step import loss_of, run_in_forward, user_training_step
 
 __all__ = ["OutputCapture", "forward_loss", "move_batch", "run_step", "silenced", "undisturbed"]
 
@@ -71,6 +72,7 @@ def undisturbed(pl_module: LightningModule, seed: int) -> Iterator[None]:
         ):
             yield
     finally:
+        reshard(pl_module)
         for module, saved in zip(modules, attributes, strict=True):
             _restore_attributes(module, saved)
         with torch.no_grad():
@@ -98,7 +100,7 @@ def forward_loss(pl_module: LightningModule, batch: Any, batch_idx: int = 0) -> 
     step, batch = user_training_step(pl_module), own_mapping(batch)
     takes_index = is_param_in_hook_signature(step, "batch_idx", min_args=2)
     with _default_dtype_of_training(pl_module):
-        loss = loss_of(step(batch, batch_idx) if takes_index else step(batch))
+        loss = loss_of(run_in_forward(pl_module, step, *((batch, batch_idx) if takes_index else (batch,))))
     if loss is None:
         raise ValueError(
             f"`{type(pl_module).__name__}.training_step` returned no loss: there is no gradient to measure."

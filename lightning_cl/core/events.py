@@ -16,7 +16,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_cl.core.checks import check_launcher
-from lightning_cl.core.distributed import gather_on_rank_zero, rank
+from lightning_cl.core.distributed import rank
 from lightning_cl.core.evaluation import (
     accept_dataloader_idx,
     adjust_monitors,
@@ -28,6 +28,7 @@ from lightning_cl.core.evaluation import (
 from lightning_cl.core.head import check_head
 from lightning_cl.core.progress import evaluation_follows, finished_epoch, leave_finished_batches_behind
 from lightning_cl.core.rng import derived_seed, isolated_rng, rng_state, set_rng_state
+from lightning_cl.core.shards import PerRank, gathered, of_all_ranks
 from lightning_cl.core.step import StepPipeline
 from lightning_cl.core.stream import TaskStream
 from lightning_cl.core.task import Task
@@ -346,8 +347,11 @@ class TaskEvents(Callback):
             "heard_end": list(self._heard_end),
             "evaluated_at": self._evaluated_at,
             "completed_tasks": self.completed_tasks,
-            "rng": gather_on_rank_zero(rng_state()),
+            "rng": PerRank(rng_state()),
         }
+        if not getattr(trainer.strategy, "saves_shards", False):
+            for key in ("callbacks", _CHECKPOINT_KEY):
+                checkpoint[key] = gathered(checkpoint[key])
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -365,7 +369,7 @@ class TaskEvents(Callback):
             callback.completed_tasks = self.completed_tasks
         if state["task"] is not None:
             self.task = Task(index=state["task"], name=f"fit {state['task'] + 1}")
-        ranks = state["rng"]
+        ranks = of_all_ranks(state["rng"])
         self._rng = ranks[rank() % len(ranks)]
         if rank() >= len(ranks):
             # a rank that the saved run did not have gets generators of its own, the same ones at every resume

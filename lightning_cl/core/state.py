@@ -10,15 +10,23 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
 
-__all__ = ["ParameterState", "local", "shard", "sum_over_shards"]
+__all__ = ["ParameterState", "local", "reshard", "shard", "sum_over_shards"]
 
 
 def local(tensor: Tensor) -> Tensor:
     """Return the shard of ``tensor`` that this rank holds; a plain tensor is its own shard."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def reshard(module: nn.Module) -> None:
+    """Free what FSDP2 gathered for a forward that no backward follows, so that parameters are shards again."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 class ParameterState(Mapping[str, Tensor]):
@@ -67,10 +75,13 @@ class ParameterState(Mapping[str, Tensor]):
             self.set({name: value.to(parameters[name].device) for name, value in self._local.items()}, parameters)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return full tensors on the CPU, independent of the number of ranks; all ranks must call it."""
+        """Return a tensor for each parameter: where it is sharded a DTensor over the tensor itself, else a CPU copy.
+
+        Any number of ranks can load it, as shards or in full.
+        """
         if self._restored is not None:
             return dict(self._restored)
-        return {name: _full(value, self._like[name]) for name, value in self._local.items()}
+        return {name: _placed(value, self._like[name]) for name, value in self._local.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take what :meth:`state_dict` returned; it is placed by :meth:`place`."""
@@ -94,7 +105,18 @@ def _check_match(kept: Mapping[str, Tensor], parameters: Mapping[str, Tensor], o
 
 
 def shard(value: Tensor, parameter: Tensor) -> Tensor:
-    """Return the part of the full ``value`` that belongs to this rank's shard of ``parameter``, on its device."""
+    """Return the part of ``value`` that belongs to this rank's shard of ``parameter``, on its device.
+
+    Args:
+        value: A full tensor, or one sharded in another way.
+        parameter: The tensor to follow.
+    """
+    if isinstance(value, DTensor):
+        if not isinstance(parameter, DTensor):
+            return value.full_tensor().to(parameter.device)
+        if value.device_mesh == parameter.device_mesh:
+            return value.redistribute(placements=parameter.placements).to_local()
+        value = value.full_tensor()
     value = value.to(parameter.device)
     if isinstance(parameter, DTensor):
         return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
@@ -122,10 +144,8 @@ def sum_over_shards(terms: Mapping[str, Tensor], parameters: Mapping[str, Tensor
     return torch.stack(whole).sum()
 
 
-def _full(value: Tensor, parameter: Tensor) -> Tensor:
+def _placed(value: Tensor, parameter: Tensor) -> Tensor:
     if isinstance(parameter, DTensor):
-        sharded = DTensor.from_local(
-            value, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
-        )
-        return sharded.full_tensor().cpu()
+        mesh, placements = parameter.device_mesh, parameter.placements
+        return DTensor.from_local(value, mesh, placements, shape=parameter.shape, stride=parameter.stride())
     return value.detach().cpu().clone()

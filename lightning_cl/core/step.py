@@ -20,7 +20,7 @@ from lightning_cl.core.batches import own_mapping
 if TYPE_CHECKING:
     from lightning_cl.core.events import ContinualCallback
 
-__all__ = ["StepPipeline", "user_training_step"]
+__all__ = ["StepPipeline", "run_in_forward", "user_training_step"]
 
 _MARK = "_lightning_cl_original"
 
@@ -75,6 +75,12 @@ def user_training_step(pl_module: LightningModule) -> Callable[..., Any]:
     """Return the module's own ``training_step``, without what callbacks put around it."""
     step: Callable[..., Any] = pl_module.training_step
     return getattr(step, _MARK, step)
+
+
+def run_in_forward(pl_module: LightningModule, function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function of the module's weights as the strategy calls a step: sharded weights must be gathered for it."""
+    redirected = getattr(pl_module.trainer.strategy, "run_in_forward", None)
+    return function(*args) if redirected is None else redirected(function, *args)
 
 
 def _overrides(callback: ContinualCallback, hook: str) -> bool:

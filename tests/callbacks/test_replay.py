@@ -422,8 +422,9 @@ def test_purged_samples_are_gone(storage: Any, tmp_path: Path) -> None:
     for seen in module.rows[6:]:
         assert not (seen[:, None] == gone).all(-1).any()
     saved = torch.load(tmp_path / "step=8.ckpt", weights_only=True)["callbacks"]["ExperienceReplay"]
-    assert not set(saved["buffer"]["sample_ids"].tolist()) & set(rows)
-    assert set(rows) <= set(saved["buffer"]["purged"].tolist())
+    (share,) = saved["buffer"]
+    assert not set(share["sample_ids"].tolist()) & set(rows)
+    assert set(rows) <= set(share["purged"].tolist())
     directory = {"directory": tmp_path / "again"} if storage == "mmap" else {}
     resumed = ExperienceReplay(24, storage=storage, **directory)
     again = fit_stream(tmp_path, [resumed, saver(tmp_path / "on")], ckpt_path=tmp_path / "step=8.ckpt")

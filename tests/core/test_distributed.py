@@ -12,6 +12,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn import Parameter
 
 from lightning_cl.core import distributed
+from lightning_cl.core.shards import PerRank, gathered, of_all_ranks
 from lightning_cl.core.state import ParameterState, local, shard, sum_over_shards
 from ranks import Ranks
 
@@ -93,7 +94,8 @@ def hold_shards() -> dict[str, Any]:
         "mine": state["sharded"],
         "local": local(parameters["sharded"]).shape,
         "cut": shard(whole, parameters["sharded"]),
-        "saved": state.state_dict()["sharded"],
+        "kept": state.state_dict()["sharded"].to_local().data_ptr() == state["sharded"].data_ptr(),
+        "saved": gathered({"nested": [state.state_dict()]})["nested"][0]["sharded"],
         "again": again["sharded"],
         "total": float(sum_over_shards(terms, parameters)),
     }
@@ -101,11 +103,27 @@ def hold_shards() -> dict[str, Any]:
 
 @pytest.mark.distributed
 def test_state_is_kept_on_shards_and_saved_whole(three_ranks: Ranks) -> None:
-    """Each rank holds its rows (here 2, 2 and 1 of 5); a checkpoint holds all; sums count nothing twice."""
+    """Each rank holds its rows (here 2, 2 and 1 of 5); gathered, all are there; sums count nothing twice."""
     for result, rows in zip(three_ranks.run(hold_shards), (WHOLE[:2], WHOLE[2:4], WHOLE[4:]), strict=True):
         assert result["mine"].shape == result["local"]
         assert torch.equal(result["mine"], rows)
         assert torch.equal(result["cut"], rows)
         assert torch.equal(result["again"], rows)
+        assert result["kept"]
         assert torch.equal(result["saved"], WHOLE)
         assert result["total"] == 45.0 + 2.0 + 2.0
+
+
+def own_and_common() -> Any:
+    """Gather a tree with what each rank has of its own."""
+    own = PerRank({"rank": distributed.rank()})
+    return gathered({"common": (1, "text"), "own": [own]}), of_all_ranks(own)
+
+
+@pytest.mark.distributed
+def test_what_each_rank_has_is_listed_on_the_first(three_ranks: Ranks) -> None:
+    """The rest of a tree stays as it is; a value that was never saved is a list of one."""
+    (first, mine), (second, _), _ = three_ranks.run(own_and_common)
+    assert first == {"common": (1, "text"), "own": [[{"rank": 0}, {"rank": 1}, {"rank": 2}]]}
+    assert second == {"common": (1, "text"), "own": [None]}
+    assert mine == [{"rank": 0}]
