@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import Trainer
-from lightning.pytorch.plugins.precision import HalfPrecision
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
@@ -18,14 +20,30 @@ from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_cl.core.checks import check_choice
 from lightning_cl.core.lazy import LazyWeights
 from lightning_cl.core.state import reshard
-from lightning_cl.strategies.sharding import WrapPolicy, check_shardable, find_blocks, is_sharded
+from lightning_cl.quantization import check_can_shard
+from lightning_cl.strategies.checkpoint import PendingWrite, read_rest, read_tensors, write_file, write_folder
+from lightning_cl.strategies.checks import check_optimizers, check_precision, check_shardable, check_sharded_whole
+from lightning_cl.strategies.frozen import FrozenBase
+from lightning_cl.strategies.sharding import WrapPolicy, find_blocks, is_sharded
+from lightning_cl.strategies.state import (
+    full_model_state,
+    load_full_model_state,
+    load_full_optimizer_state,
+    load_optimizer_state,
+    model_state,
+    numbered_optimizer_state,
+    optimizer_state,
+)
 
 __all__ = ["FSDP2Strategy"]
+
+_BASE = "lightning_cl_base"
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -50,7 +68,10 @@ class FSDP2Strategy(ModelParallelStrategy):
         hybrid: Shard inside a node and replicate across nodes: no parameter crosses the network, only gradients do.
         tensor_parallel_size: Ranks of the mesh dimension ``"tensor_parallel"`` for a module that shards itself.
         save_distributed_checkpoint: A checkpoint is a folder to which every rank writes its shards; otherwise one file
-            with full tensors.
+            with full tensors, which any strategy can load.
+        async_checkpoint: Copy the shards to the CPU and write them while training goes on.
+        save_frozen: Keep weights that are frozen from the start in checkpoints. Otherwise their fingerprint takes their
+            place, and a resume over others is refused. ``None`` leaves them out where they are the greater part.
         process_group_backend: ``"nccl"``, ``"gloo"``; by device if ``None``.
         timeout: How long a collective waits for a rank that does not answer before it raises.
 
@@ -71,6 +92,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         hybrid: bool = False,
         tensor_parallel_size: int = 1,
         save_distributed_checkpoint: bool = True,
+        async_checkpoint: bool = False,
+        save_frozen: bool | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta = default_pg_timeout,
     ) -> None:
@@ -87,6 +110,11 @@ class FSDP2Strategy(ModelParallelStrategy):
                 f"`hybrid=True` shards inside a node, where `tensor_parallel_size={tensor_parallel_size}` would split"
                 " layers: give only one of them."
             )
+        if async_checkpoint and not save_distributed_checkpoint:
+            raise ValueError(
+                "`async_checkpoint=True` writes shards, and `save_distributed_checkpoint=False` one file: give only one"
+                " of them."
+            )
         self.wrap: WrapPolicy = wrap
         self.reshard_after_forward = reshard_after_forward
         self.mixed_precision = mixed_precision
@@ -94,6 +122,11 @@ class FSDP2Strategy(ModelParallelStrategy):
         self.cpu_offload = cpu_offload
         self.hybrid = hybrid
         self.tensor_parallel_size = tensor_parallel_size
+        self.async_checkpoint = async_checkpoint
+        self.save_frozen = save_frozen
+        self._base: FrozenBase | None = None
+        self._shard_mesh: DeviceMesh | None = None
+        self._left_out: dict[str, int] = {}
         self._in_forward = False
 
     # ------------------------------------------------------------------ set-up
@@ -113,26 +146,29 @@ class FSDP2Strategy(ModelParallelStrategy):
     @property
     def shard_mesh(self) -> DeviceMesh:
         """The ranks to shard over: one dimension, or (replicate, shard) if ``hybrid``."""
-        if self.hybrid:
-            names = ("data_replicate", "data_shard")
-            return init_device_mesh(self.root_device.type, (self.num_nodes, self.num_processes), mesh_dim_names=names)
-        return self.device_mesh["data_parallel"]
+        if self._shard_mesh is None:
+            self._shard_mesh = self.device_mesh["data_parallel"]
+            if self.hybrid:
+                shape, names = (self.num_nodes, self.num_processes), ("data_replicate", "data_shard")
+                self._shard_mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=names)
+        return self._shard_mesh
 
     @override
     def setup(self, trainer: Trainer) -> None:
         assert self.model is not None and self.accelerator is not None
         self.accelerator.setup(trainer)
-        self._check_precision()
+        check_precision(self.model, self.precision_plugin)
         self.model = self.precision_plugin.convert_module(self.model)
         if is_sharded(self.model):
-            self._check_sharded_whole()
+            check_sharded_whole(self.model)
         else:
             self._shard()
         self.model_to_device()
+        self._base = FrozenBase.of(self.model, self.save_frozen)
         self.barrier()
         if trainer.state.fn == "fit":
             self.setup_optimizers(trainer)
-            self._check_optimizers()
+            check_optimizers(self.model, self.optimizers)
         self.setup_precision_plugin()
 
     def _shard(self) -> None:
@@ -142,6 +178,7 @@ class FSDP2Strategy(ModelParallelStrategy):
                 f"`tensor_parallel_size={self.tensor_parallel_size}` is for a module that splits its layers in its own"
                 f" `configure_model`, and {type(self.model).__name__} does not."
             )
+        check_can_shard(self.model)
         blocks = find_blocks(self.model, self.wrap)
         check_shardable(self.model, blocks)
         if not blocks:
@@ -187,42 +224,6 @@ class FSDP2Strategy(ModelParallelStrategy):
         if self.mixed_precision is None:
             return MixedPrecisionPolicy()
         return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-
-    def _check_precision(self) -> None:
-        assert self.model is not None
-        plugin = self.precision_plugin
-        if not isinstance(plugin, HalfPrecision):
-            return
-        for name, parameter in self.model.named_parameters():
-            # the packed bytes of quantized weights may lie in tensors of a floating-point dtype
-            packed = hasattr(parameter, "quant_state") and parameter.is_floating_point()
-            if packed and parameter.dtype != plugin._desired_input_dtype:
-                raise ValueError(
-                    f"`Trainer(precision={plugin.precision!r})` would cast {name!r}, whose {parameter.dtype} values are"
-                    " packed 4-bit bytes. Use `precision='32-true'` or 'bf16-mixed': the quantized module has its"
-                    " compute dtype already."
-                )
-
-    def _check_sharded_whole(self) -> None:
-        assert self.model is not None
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad and not isinstance(parameter, DTensor):
-                raise ValueError(
-                    f"{name!r} was added after the module was sharded: its gradient would never be reduced over ranks."
-                    " The order is: load, quantize, add adapters, shard; build all of it before the fit, or in"
-                    " `configure_model`."
-                )
-
-    def _check_optimizers(self) -> None:
-        assert self.model is not None
-        known = {id(parameter) for parameter in self.model.parameters()}
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                if any(id(parameter) not in known for parameter in group["params"]):
-                    raise ValueError(
-                        f"{type(optimizer).__name__} holds parameters as they were before sharding and would train"
-                        " none of the module's. Build it in `configure_optimizers`, from `self.parameters()`."
-                    )
 
     # ------------------------------------------------------------------ steps
 
@@ -280,6 +281,82 @@ class FSDP2Strategy(ModelParallelStrategy):
         assert self.lightning_module is not None
         with self.precision_plugin.predict_step_context():
             return self.run_in_forward(self.lightning_module.predict_step, *args, **kwargs)
+
+    # ------------------------------------------------------------------ checkpoints
+
+    @property
+    def saves_shards(self) -> bool:
+        """Whether DTensors and ``PerRank`` values of callbacks are written as they are."""
+        return self._save_distributed_checkpoint
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        assert self.model is not None and self._base is not None
+        self._left_out = self._base.unchanged(self.model)
+        state = {name: value for name, value in model_state(self.model).items() if name not in self._left_out}
+        return state if self.saves_shards else full_model_state(state, keep=self.is_global_zero)
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        assert self.model is not None
+        plain = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        return (optimizer_state if self.saves_shards else numbered_optimizer_state)(self.model, plain)
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
+        if storage_options is not None:
+            raise ValueError(
+                f"`storage_options={storage_options!r}` is for a `CheckpointIO`, which `fsdp2` does not use."
+            )
+        path = self.broadcast(filepath)
+        checkpoint[_BASE] = self._left_out
+        if not self.saves_shards:
+            write_file(path, checkpoint)
+            return
+        tensors = {"state_dict": checkpoint.pop("state_dict")}
+        for index, state in enumerate(checkpoint.pop("optimizer_states", ())):
+            tensors[f"optimizer_{index}"] = state
+        write_folder(path, tensors, checkpoint, asynchronous=self.async_checkpoint)
+
+    @override
+    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+        assert self.model is not None and self.lightning_module is not None and self._base is not None
+        path = Path(self.broadcast(checkpoint_path))
+        PendingWrite.settle()
+        if path.is_file():
+            checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
+        else:
+            checkpoint = read_rest(path, self.shard_mesh, weights_only=weights_only)
+        left_out: dict[str, int] = checkpoint.get(_BASE, {})
+        self._base.check(left_out, self.model, f"The checkpoint {str(path)!r}")
+        strict = self.lightning_module.strict_loading
+        # a checkpoint of weights alone is refused by Lightning, or by the task events
+        optimizers = self.optimizers if "lr_schedulers" in checkpoint else []
+        if path.is_file():
+            load_full_model_state(self.model, checkpoint.pop("state_dict"), strict=strict, left_out=set(left_out))
+            for optimizer, saved in zip(optimizers, checkpoint.get("optimizer_states", ()), strict=True):
+                load_full_optimizer_state(self.model, optimizer, saved)
+            return checkpoint
+        weights = {name: value for name, value in model_state(self.model).items() if name not in left_out}
+        into: dict[str, Any] = {"state_dict": weights}
+        for index, optimizer in enumerate(optimizers):
+            into[f"optimizer_{index}"] = optimizer_state(self.model, optimizer)
+        read_tensors(path, into)
+        self.model.load_state_dict(weights, strict=False)
+        for index, optimizer in enumerate(optimizers):
+            load_optimizer_state(self.model, optimizer, into[f"optimizer_{index}"])
+        return checkpoint
+
+    @override
+    def remove_checkpoint(self, filepath: _PATH) -> None:
+        # an older checkpoint counts until the newer one is on the disk
+        PendingWrite.settle()
+        super().remove_checkpoint(filepath)
+
+    @override
+    def teardown(self) -> None:
+        PendingWrite.settle()
+        super().teardown()
 
 
 def _set_forward(module: nn.Module, forward: Any) -> None:

@@ -1,4 +1,4 @@
-"""Which submodules of a module become units of FSDP2, and what cannot be sharded.
+"""Which submodules of a module become units of FSDP2.
 
 The units are what ranks gather and free together: the repeated blocks of a network, then the LightningModule itself
 with all that no block holds.
@@ -7,14 +7,13 @@ with all that no block holds.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
-__all__ = ["WrapPolicy", "check_shardable", "find_blocks", "is_sharded"]
+__all__ = ["WrapPolicy", "find_blocks", "is_sharded"]
 
 WrapPolicy = Literal["auto"] | Sequence[str] | Callable[[str, nn.Module], bool]
 
@@ -79,42 +78,3 @@ def _checked_names(module: nn.Module, wrap: Sequence[str]) -> set[str]:
             f" frequent ones are {[name for name, _ in known.most_common(5)]}."
         )
     return set(wrap)
-
-
-def check_shardable(module: nn.Module, blocks: Mapping[str, nn.Module]) -> None:
-    """Refuse what FSDP2 would fail on later, or train wrongly.
-
-    Raises:
-        ValueError: For modules wrapped by FSDP1, for a parameter shared between units, and for trainable parameters of
-            several dtypes in one unit.
-    """
-    for name, part in module.named_modules():
-        if isinstance(part, FullyShardedDataParallel):
-            raise ValueError(
-                f"{name!r} is wrapped by `FullyShardedDataParallel` (FSDP1), which does not mix with FSDP2: leave the"
-                " wrapping to `strategy='fsdp2'`."
-            )
-    owners: dict[int, tuple[str, str]] = {}
-    dtypes: dict[str, dict[object, str]] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        unit = _innermost(name, blocks)
-        first_name, first_unit = owners.setdefault(id(parameter), (name, unit))
-        if unit != first_unit:
-            raise ValueError(
-                f"{first_name!r} and {name!r} are one shared parameter in different units of sharding"
-                f" ({first_unit or 'the root'!r} and {unit or 'the root'!r}), which FSDP2 would split in two. Give"
-                " `FSDP2Strategy(wrap=...)` a function that leaves these units out, or untie the parameter."
-            )
-        if parameter.requires_grad:
-            dtypes.setdefault(unit, {}).setdefault(parameter.dtype, name)
-    for unit, found in dtypes.items():
-        if len(found) > 1:
-            examples = ", ".join(f"{name!r} is {dtype}" for dtype, name in found.items())
-            raise ValueError(
-                f"The trainable parameters of {unit or 'the root'!r} have several dtypes ({examples}), and FSDP2"
-                " reduces one for each unit. Cast them to one (`autocast_adapter_dtype=False` for PEFT's adapters)."
-            )
-
-
-def _innermost(parameter: str, blocks: Mapping[str, nn.Module]) -> str:
-    return max((name for name in blocks if parameter.startswith(f"{name}.")), key=len, default="")

@@ -50,6 +50,7 @@ def _prepare(rank: int, world_size: int, port: int) -> None:
 
 def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
     _prepare(rank, world_size, port)
+    os.environ.update(torchrun_environment(rank, world_size, port))
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
     while (job := pipe.recv()) is not None:
         function, arguments = job

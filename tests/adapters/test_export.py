@@ -1,0 +1,159 @@
+"""Adapters load in plain PEFT, merged models in plain transformers, also from shards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from llamas import LORA, logits, perturb, shard, tiny_llama
+from ranks import Ranks
+from torch import nn
+from transformers import LlamaForCausalLM
+
+from lightning_cl.adapters import add_adapters, export_adapters, export_merged
+from lightning_cl.quantization import dequantize, quantize_base
+
+# PEFT 0.21 asks for it by the name that transformers 5.23 deprecates
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+HEADS = {**LORA, "use_rslora": True, "target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["lm_head"]}
+WITH_ALL = [pytest.param(LORA, id="all-linear"), pytest.param(HEADS, id="embeddings and a whole head")]
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    """Two processes for all tests of the file."""
+    group = Ranks(2)
+    yield group
+    group.close()
+
+
+def base(mode: str | None, dtype: torch.dtype, **changes: Any) -> LlamaForCausalLM:
+    """Return the base model, quantized or not."""
+    model = tiny_llama(**changes)
+    return model if mode is None else quantize_base(model, mode=mode, compute_dtype=dtype)
+
+
+def adapted(mode: str | None, dtype: torch.dtype, config: dict[str, Any]) -> peft.PeftModel:
+    """Return a base model with adapters that do something."""
+    model = add_adapters(base(mode, dtype), config)
+    perturb(model)
+    return model
+
+
+def relative(value: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the norm of the difference over the norm of what is expected."""
+    return ((value.float() - expected.float()).norm() / expected.float().norm()).item()
+
+
+@pytest.mark.parametrize("config", WITH_ALL)
+@pytest.mark.parametrize(
+    ("mode", "dtype"),
+    [("nf4", torch.float32), ("nf4", torch.bfloat16), ("int8", torch.float32), (None, torch.float32)],
+)
+def test_adapters_load_in_plain_peft(mode, dtype, config, tmp_path):
+    """On a fresh base the logits are the same, bit by bit."""
+    model = adapted(mode, dtype, config)
+    export_adapters(nn.ModuleList([model]), tmp_path)  # as a LightningModule holds it
+    fresh = base(mode, dtype)
+    loaded = peft.PeftModel.from_pretrained(fresh, tmp_path, autocast_adapter_dtype=False)
+    assert torch.equal(logits(loaded), logits(model))
+    assert not torch.equal(logits(loaded), logits(base(mode, dtype)))
+
+
+def test_adapters_of_other_names_are_exported(tmp_path):
+    """Each into a folder of its own, as PEFT does."""
+    model = adapted(None, torch.float32, LORA)
+    model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    export_adapters(model, tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "second" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("config", WITH_ALL)
+@pytest.mark.parametrize("mode", ["nf4", "fp4", "int8", None])
+def test_merged_loads_in_plain_transformers(mode, config, tmp_path):
+    """In float32 the logits are those of the model with adapters, to a relative 1e-6; in bfloat16 to 1e-2."""
+    model = adapted(mode, torch.float32, config)
+    expected = logits(model)
+    export_merged(model, tmp_path / "float32", shard_bytes=60_000)
+    merged = LlamaForCausalLM.from_pretrained(tmp_path / "float32")
+    assert len(list((tmp_path / "float32").glob("*.safetensors"))) > 2
+    assert merged.dtype == torch.float32
+    assert not hasattr(merged.config, "quantization_config")
+    assert relative(logits(merged), expected) < 1e-6
+    assert relative(logits(base(mode, torch.float32)), expected) > 0.05
+    export_merged(model, tmp_path / "bfloat16", dtype=torch.bfloat16)
+    rounded = LlamaForCausalLM.from_pretrained(tmp_path / "bfloat16")
+    assert rounded.dtype == torch.bfloat16
+    assert 1e-3 < relative(logits(rounded), expected) < 1e-2
+
+
+def test_merged_weight_is_dequantized_plus_delta(tmp_path):
+    """A small adapter is kept, which PEFT's merge into packed weights loses; the model is left as it was."""
+    model = adapted("nf4", torch.float32, {**LORA, "target_modules": ["q_proj"]})
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    with torch.no_grad():
+        layer.lora_B["default"].weight.mul_(1e-2)
+    before = logits(model)
+    delta = 2.0 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    weight = dequantize(layer.base_layer)
+    assert delta.norm() / weight.norm() < 0.05
+    export_merged(model, tmp_path)
+    written = LlamaForCausalLM.from_pretrained(tmp_path).model.layers[0].self_attn.q_proj.weight
+    assert relative((written - weight).detach(), delta.detach()) < 1e-5
+    assert torch.equal(logits(model), before)
+
+
+def test_quantized_model_without_adapters_is_unpacked(tmp_path):
+    """The same weights in a plain model."""
+    model = base("nf4", torch.float32)
+    export_merged(model, tmp_path)
+    assert relative(logits(LlamaForCausalLM.from_pretrained(tmp_path)), logits(model)) < 1e-6
+
+
+def export_from_shards(folder: Path, mode: str | None, config: dict[str, Any]) -> torch.Tensor:
+    """Export a sharded model in both forms, and return its logits."""
+    model = adapted(mode, torch.float32, config)
+    shard(model, model.base_model.model)
+    before = logits(model)
+    export_adapters(model, folder / "adapters")
+    export_merged(model, folder / "merged", shard_bytes=60_000)
+    assert (folder / "merged" / "config.json").is_file()  # on every rank, as soon as the call returns
+    assert torch.equal(logits(model), before)
+    return before
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("mode", "config"), [("nf4", LORA), ("nf4", HEADS), (None, LORA)])
+def test_exports_from_shards(ranks, mode, config, tmp_path):
+    """Two ranks write what one process would."""
+    expected, other = ranks.run(export_from_shards, tmp_path, mode, config)
+    assert torch.equal(expected, other)
+    loaded = peft.PeftModel.from_pretrained(base(mode, torch.float32), tmp_path / "adapters")
+    assert torch.equal(logits(loaded), expected)
+    merged = LlamaForCausalLM.from_pretrained(tmp_path / "merged")
+    assert relative(logits(merged), expected) < 1e-6
+
+
+def test_what_cannot_be_merged_is_refused(tmp_path):
+    """Other adapters, weights that are shared, adapters that are merged already; modules without adapters."""
+    dora = add_adapters(tiny_llama(), {**LORA, "use_dora": True})
+    ia3 = add_adapters(tiny_llama(), {"peft_type": "IA3", "target_modules": ["k_proj"], "feedforward_modules": []})
+    for model in (dora, ia3):
+        with pytest.raises(ValueError, match=r"merges plain LoRA.*`export_adapters`"):
+            export_merged(model, tmp_path)
+    shared = add_adapters(tiny_llama(tie_word_embeddings=True), {**LORA, "target_modules": ["embed_tokens"]})
+    with pytest.raises(ValueError, match=r"embed_tokens.weight' is shared"):
+        export_merged(shared, tmp_path)
+    merged = adapted(None, torch.float32, LORA)
+    merged.merge_adapter()
+    with pytest.raises(ValueError, match=r"merged already. Unmerge them"):
+        export_merged(merged, tmp_path)
+    with pytest.raises(ValueError, match=r"holds no `peft.PeftModel`"):
+        export_adapters(tiny_llama(), tmp_path)
+    assert list(tmp_path.iterdir()) == []
