@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import reference
-from lightning_cl import EWC, ContinualCallback, ExperienceReplay
+from lightning_cl import EWC, ContinualCallback, ExperienceReplay, FSDP2Strategy
 from lightning_cl.cli.main import main
 from lightning_cl.cli.methods import method_classes
 from ranks import Ranks, exit_codes
@@ -199,8 +199,8 @@ data:
 # ---------------------------------------------------------------------- two ranks
 
 
-class ShardedModule(ToyModule):
-    """The toy module as FSDP2 users write it."""
+class SelfSharded(ToyModule):
+    """The toy module as users of Lightning's own strategy write it."""
 
     def configure_model(self) -> None:
         if isinstance(self.model[0].weight, DTensor):
@@ -218,22 +218,50 @@ def two_ranks() -> Iterator[Ranks]:
     ranks.close()
 
 
-def fit_on_this_rank(root: Path, method: type[ContinualCallback], settings: dict[str, Any], sharded: bool) -> Tensor:
+STRATEGIES: dict[str, Callable[[], Any]] = {
+    "ddp": lambda: "ddp",
+    "fsdp2": lambda: FSDP2Strategy(wrap=["Linear"]),
+    "model-parallel": lambda: ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1),
+}
+
+
+def fit_on_this_rank(
+    root: Path,
+    method: type[ContinualCallback],
+    settings: dict[str, Any],
+    strategy: str,
+    saved: str | None = None,
+    ckpt_path: Path | None = None,
+) -> Tensor:
     """Fit the toy stream with half of each batch; return the full weights."""
-    module = ShardedModule() if sharded else ToyModule()
-    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1) if sharded else "ddp"
-    fit = trainer(root, [method(**settings)], strategy=strategy, devices=2)
-    fit.fit(module, datamodule=toy_stream(batch_size=4))
+    module = (SelfSharded if strategy == "model-parallel" else ToyModule)(dropout=0.3 if saved else 0.0)
+    callbacks = [method(**settings), *([saver(root / saved)] if saved else ())]
+    fit = trainer(root, callbacks, strategy=STRATEGIES[strategy](), devices=2)
+    fit.fit(module, datamodule=toy_stream(batch_size=4), ckpt_path=ckpt_path)
     full = [p.full_tensor() if isinstance(p, DTensor) else p for p in module.parameters()]
     return torch.cat([p.detach().flatten() for p in full])
 
 
 @pytest.mark.distributed
 @every_method
-@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
-def test_two_ranks_end_where_one_process_ends(row: Row, sharded: bool, two_ranks: Ranks, tmp_path: Path) -> None:
-    """Over two tasks, with the joined batch: data-parallel and sharded."""
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_ranks_end_where_one_process_ends(row: Row, strategy: str, two_ranks: Ranks, tmp_path: Path) -> None:
+    """Over two tasks, with the joined batch: data-parallel, and sharded by our strategy and by Lightning's."""
     expected = row.plain_loop(batch_size=4, world_size=2)
-    first, second = two_ranks.run(fit_on_this_rank, tmp_path, row.method, row.settings, sharded)
+    first, second = two_ranks.run(fit_on_this_rank, tmp_path, row.method, row.settings, strategy)
     assert torch.equal(first, second)
     torch.testing.assert_close(first, expected, rtol=0, atol=max(row.tolerance, 1e-6))
+
+
+@pytest.mark.distributed
+@every_method
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_ranks_resume_to_the_same_bits(row: Row, strategy: str, two_ranks: Ranks, tmp_path: Path) -> None:
+    """In the second task, with dropout; a sharded checkpoint keeps the method's state as shards."""
+    fixed = (row.method, row.settings, strategy)
+    straight = two_ranks.run(fit_on_this_rank, tmp_path, *fixed, "straight")
+    path = tmp_path / "straight" / "step=8.ckpt"
+    assert path.is_dir() == (strategy == "fsdp2")
+    resumed = two_ranks.run(fit_on_this_rank, tmp_path, *fixed, "resumed", path)
+    assert torch.equal(resumed[0], straight[0])
+    assert torch.equal(resumed[1], straight[1])

@@ -52,8 +52,8 @@ def run(arguments: Sequence[str]) -> TaskCLI:
 
     The same config works in a LightningCLI script of the user's own that imports ``lightning_cl``.
     """
-    # Lightning reads the command line itself, and warns where it is handed another one
-    sys.argv = ["lightning-cl", *arguments]
+    # Lightning reads the command line itself, and starts the other ranks by it
+    sys.argv = [sys.argv[0], *arguments]
     with warnings.catch_warnings():
         # Lightning 2.6 builds its parser in a way that jsonargparse 4.50 calls old
         warnings.filterwarnings("ignore", category=JsonargparseDeprecationWarning)

@@ -28,7 +28,7 @@ from lightning_cl.core.evaluation import (
 from lightning_cl.core.head import check_head
 from lightning_cl.core.progress import evaluation_follows, finished_epoch, leave_finished_batches_behind
 from lightning_cl.core.rng import derived_seed, isolated_rng, rng_state, set_rng_state
-from lightning_cl.core.shards import PerRank, gathered, of_all_ranks
+from lightning_cl.core.shards import PerRank, Uncopied, gathered, of_all_ranks
 from lightning_cl.core.step import StepPipeline
 from lightning_cl.core.stream import TaskStream
 from lightning_cl.core.task import Task
@@ -362,6 +362,7 @@ class TaskEvents(Callback):
         self._restored = True
         if trainer.state.fn != "fit":
             return
+        saved.update({c.state_key: Uncopied(saved[c.state_key]) for c in _continual(trainer) if c.state_key in saved})
         state = checkpoint[_CHECKPOINT_KEY]
         self.running, self.completed_tasks = state["running"], state["completed_tasks"]
         self._heard_end, self._evaluated_at = state["heard_end"], state["evaluated_at"]

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_cl.core.distributed import gather_on_rank_zero
 
-__all__ = ["PerRank", "gathered", "map_leaves", "of_all_ranks"]
+__all__ = ["PerRank", "Uncopied", "gathered", "map_leaves", "of_all_ranks"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,13 @@ class PerRank:
     """
 
     value: Any
+
+
+class Uncopied(dict[str, Any]):
+    """A loaded state that ``deepcopy`` leaves alone: Lightning would copy the memory of all ranks on each of them."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Uncopied:
+        return self
 
 
 def of_all_ranks(value: Any) -> list[Any]:

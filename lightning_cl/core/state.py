@@ -67,7 +67,8 @@ class ParameterState(Mapping[str, Tensor]):
         """
         if self._restored is not None:
             _check_match(self._restored, parameters, owner)
-            self.set({name: shard(self._restored[name], p) for name, p in parameters.items()}, parameters)
+            # a copy, because the restored tensors may be mapped from a file that is deleted or belong to another state
+            self.set({name: shard(self._restored[name], p).clone() for name, p in parameters.items()}, parameters)
             self._restored = None
         elif self._local:
             _check_match(self._like, parameters, owner)

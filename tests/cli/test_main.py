@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import yaml
 
 from lightning_cl.cli.main import main
 from lightning_cl.cli.methods import method_classes
+from lightning_cl.strategies.checkpoint import is_complete
 
 DEMO = Path(__file__).parents[2] / "examples" / "cli" / "demo.yaml"
 QUICK = [
@@ -37,6 +39,45 @@ def test_fit_runs_the_demo_and_names_the_task_in_its_progress_bar(capsys: pytest
     main(["fit", "--config", str(DEMO), *QUICK])
     output = capsys.readouterr()
     assert "Task 5/5 (classes 8-9)" in output.out + output.err
+
+
+@pytest.mark.distributed
+def test_several_devices_are_started_by_the_command_itself(tmp_path: Path) -> None:
+    """`strategy: fsdp2` on two CPUs without a launcher: the second rank runs the same command line."""
+    command = Path(sys.executable).parent / "lightning-cl"
+    more = [
+        "--trainer.strategy=fsdp2",
+        "--trainer.devices=2",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.logger=false",
+    ]
+    more += ["--trainer.callbacks+=lightning_cl.ContinualMetrics", f"--trainer.callbacks.directory={tmp_path}"]
+    run = [str(command), "fit", "--config", str(DEMO), "--data.epochs_per_task=1", *more]
+    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "MEMBER: 2/2" in done.stdout + done.stderr
+    (saved,) = (tmp_path / "checkpoints").iterdir()
+    assert is_complete(saved)
+    assert json.loads((tmp_path / "record.json").read_text())
+
+
+def test_strategy_is_built_from_a_config(tmp_path: Path) -> None:
+    """With its options, and a timeout as a duration."""
+    (tmp_path / "strategy.yaml").write_text(
+        """
+trainer:
+  strategy:
+    class_path: lightning_cl.FSDP2Strategy
+    init_args:
+      wrap: [Linear]
+      mixed_precision: bfloat16
+      reshard_after_forward: false
+      async_checkpoint: true
+      timeout: "0:01:30"
+  enable_progress_bar: false
+"""
+    )
+    main(["fit", "--config", str(DEMO), "--config", str(tmp_path / "strategy.yaml"), *QUICK])
 
 
 def test_validate_and_test_run_every_task(capsys: pytest.CaptureFixture[str]) -> None:

@@ -511,3 +511,28 @@ def test_events_change_no_weights(tmp_path: Path) -> None:
     heard = ToyModule(dropout=0.3)
     fit_plain(tmp_path, [Diary()], module=heard, max_epochs=2)
     assert torch.equal(weights(heard), weights(module))
+
+
+class Remembering(ContinualCallback):
+    """Keeps the tensor it is given, and the one that stood in the checkpoint."""
+
+    def __init__(self) -> None:
+        self.loaded = self.stood = torch.zeros(3)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"tensor": self.loaded}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.stood = checkpoint["callbacks"]["Remembering"]["tensor"]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.loaded = state_dict["tensor"]
+
+
+def test_loaded_state_is_not_copied(tmp_path: Path) -> None:
+    """Lightning would double the memory of a large state while it loads."""
+    fit_stream(tmp_path, [Remembering(), ModelCheckpoint(tmp_path, filename="saved", save_top_k=1)])
+    resumed = Remembering()
+    path = tmp_path / "saved.ckpt"
+    fit_stream(tmp_path, [resumed, ModelCheckpoint(tmp_path, filename="saved")], ckpt_path=path)
+    assert resumed.loaded.data_ptr() == resumed.stood.data_ptr()
