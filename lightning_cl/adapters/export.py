@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_cl.core.distributed import gather_on_rank_zero, rank
 from lightning_cl.core.imports import require
+from lightning_cl.core.state import reshard
 from lightning_cl.quantization.layers import dequantize, is_quantized
 from lightning_cl.quantization.names import places
 from lightning_cl.quantization.saving import (
@@ -44,10 +45,11 @@ def export_adapters(module: nn.Module, folder: str | Path) -> None:
         ValueError: If ``module`` holds no ``PeftModel``.
     """
     adapted = _peft_model(module)
+    reshard(module)
+    ours = {id(place.tensor) for place in places(adapted) if place.adapter}
     state = {}
     for name, parameter in adapted.named_parameters():
-        owner, _, attribute = name.rpartition(".")
-        if parameter.requires_grad or _is_of_adapter(adapted, owner, attribute):
+        if id(parameter) in ours:
             value = full_tensor(parameter)
             if rank() == 0:
                 # activation checkpointing and torch.compile put themselves into names
@@ -83,6 +85,7 @@ def export_merged(
         ValueError: For adapters other than LoRA on linear and embedding layers, or if a merged weight is shared.
     """
     model = hf_model(module)
+    reshard(module)
     deltas = dict(_adapted_layers(model))
     kept = _trained_copies(model)
     _check_shared(model, deltas, kept)
@@ -129,11 +132,6 @@ def _peft_model(module: nn.Module) -> Any:
         if isinstance(child, peft_model):
             return child
     raise ValueError(f"{type(module).__name__} holds no `peft.PeftModel`: there are no adapters to export.")
-
-
-def _is_of_adapter(adapted: nn.Module, owner: str, attribute: str) -> bool:
-    tensor = getattr(adapted.get_submodule(owner), attribute)
-    return any(place.tensor is tensor and place.adapter for place in places(adapted))
 
 
 def _adapted_layers(model: nn.Module) -> Iterator[tuple[int, Any]]:

@@ -16,8 +16,9 @@ from lightning_cl.core.batches import BatchAdapter
 from lightning_cl.core.card import MethodCard
 from lightning_cl.core.checks import check_choice, check_gradients, check_positive, select_parameters
 from lightning_cl.core.events import ContinualCallback
+from lightning_cl.core.footprint import Footprint
 from lightning_cl.core.rng import derived_seed
-from lightning_cl.core.state import ParameterState, local, sum_over_shards
+from lightning_cl.core.state import ParameterState, local, reshard, sum_over_shards
 from lightning_cl.core.task import Task
 from lightning_cl.functional.ewc import ewc_gradient_, ewc_penalty, merge_online_, merge_separate_
 
@@ -110,6 +111,8 @@ class EWC(ContinualCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # here, and not in `setup`: only now are parameters sharded, on their device, and the state restored
         check_gradients(trainer, pl_module, self)
+        # a validation before training may have left whole weights in their place
+        reshard(pl_module)
         self._parameters = select_parameters(pl_module, self.include, self.exclude)
         self._fisher.place(self._parameters, "The Fisher information of `EWC`")
         self._anchors.place(self._parameters, "The anchors of `EWC`")
@@ -193,6 +196,13 @@ class EWC(ContinualCallback):
                 for name, total, term, weight in zip(names, fisher, added, latest, strict=True)
             }
             self._constant += float(sum_over_shards(rises, self._parameters))
+
+    @override
+    def footprint(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Footprint:
+        shards = [local(p) for p in select_parameters(pl_module, self.include, self.exclude).values()]
+        kept = sum(shard.numel() * torch.promote_types(shard.dtype, torch.float32).itemsize for shard in shards)
+        # Fisher terms and anchors; at a task's end the new Fisher terms come on top
+        return Footprint(device=2 * kept, task_end=kept)
 
     # ------------------------------------------------------------------ checkpoints
 

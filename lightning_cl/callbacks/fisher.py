@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, get_args
 
@@ -16,8 +17,8 @@ from lightning_cl.core.batches import BatchAdapter
 from lightning_cl.core.capture import OutputCapture, forward_loss, run_step, undisturbed
 from lightning_cl.core.checks import check_choice
 from lightning_cl.core.distributed import max_over_ranks, sum_over_ranks_
-from lightning_cl.core.state import shard
-from lightning_cl.core.task_data import task_batches
+from lightning_cl.core.rng import derived_seed
+from lightning_cl.core.task_data import IdentifiedData, task_batches
 from lightning_cl.functional.fisher import (
     IGNORE_INDEX,
     batched_fisher,
@@ -25,8 +26,8 @@ from lightning_cl.functional.fisher import (
     exact_fisher,
     sampled_fisher,
 )
-from lightning_cl.functional.per_sample import LayerTape
-from lightning_cl.functional.sample_loop import SampleLoop, squared_sums_by_loop
+from lightning_cl.functional.per_sample import LayerTape, differing
+from lightning_cl.functional.sample_loop import SampleLoop, accumulators, squared_sums_by_loop
 
 __all__ = ["Estimator", "FisherEstimator"]
 
@@ -66,14 +67,12 @@ class FisherEstimator:
         Raises:
             ValueError: If the module gives no loss or no class scores, or has no labels where they are needed.
         """
-        if self.fisher == "batched" and _is_sharded(parameters):
-            raise ValueError("`fisher='batched'` is not for sharded weights: use 'empirical'.")
         if self.fisher == "batched" and not pl_module.automatic_optimization:
             raise ValueError(
                 "`fisher='batched'` runs the module's `training_step`, which under manual optimization would step the"
                 " optimizer. Use 'empirical', 'sampled' or 'exact'."
             )
-        part = self._few(batch)
+        part = self._few(batch, pl_module)
         with undisturbed(pl_module, seed=0), LayerTape(pl_module, list(parameters)) as tape:
             if self.fisher == "batched":
                 forward_loss(pl_module, part)
@@ -86,22 +85,17 @@ class FisherEstimator:
                     by_sample = _on_any_rank(bool(unsure), pl_module)
                     # labels or scores that do not fit show here, and not at the task's end
                     self._sums_from_logits(
-                        SampleLoop(parameters) if by_sample else tape,
+                        SampleLoop(parameters, tape.unsharded) if by_sample else tape,
                         capture.output,
                         part,
-                        torch.Generator(),
+                        torch.arange(len(scores)),
+                        0,
                         None,
                     )
             else:
-                by_sample = _on_any_rank(not self._agrees(tape, pl_module, parameters, part), pl_module)
+                by_sample = _on_any_rank(not self._agrees(tape, pl_module, part), pl_module)
         # decided once: a run that resumes at another batch must measure as the straight run does
         self.by_sample = by_sample if self.by_sample is None else self.by_sample
-        if by_sample and _is_sharded(parameters):
-            raise ValueError(
-                f"`fisher={self.fisher!r}` on sharded weights needs a loss that is a mean over samples, and layers with"
-                f" a rule for per-sample gradients; {type(pl_module).__name__} has another. Leave its parameters out by"
-                " `include`/`exclude`, or train without sharding."
-            )
         if by_sample:
             rank_zero_info(
                 f"The Fisher information of {type(pl_module).__name__} is measured by a loop over samples: its loss is"
@@ -113,6 +107,8 @@ class FisherEstimator:
     ) -> dict[str, Tensor]:
         """Return the diagonal over the current task, float32, in the placement of each parameter.
 
+        Of sharded parameters a rank holds its shard of the sums, and one layer in full for as long as it is squared.
+
         Args:
             trainer: The running Trainer.
             pl_module: The user's module.
@@ -122,47 +118,90 @@ class FisherEstimator:
         Raises:
             ValueError: If the task holds no sample.
         """
-        sums = {
-            name: torch.zeros(p.shape, dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
-            for name, p in parameters.items()
-        }
+        sums = accumulators(parameters, None)
         # what was frozen since the fit began matters nothing to this task
-        placed, parameters = parameters, {name: p for name, p in parameters.items() if p.requires_grad}
-        count, sharded = 0, _is_sharded(parameters)
-        generator = torch.Generator().manual_seed(seed)
+        parameters = {name: p for name, p in parameters.items() if p.requires_grad}
+        count = 0
         with undisturbed(pl_module, seed), LayerTape(pl_module, list(parameters)) as tape:
-            for batch, _ in task_batches(trainer, pl_module, self.adapter, self.n_samples):
+            for batch, sample_ids in task_batches(trainer, pl_module, self.adapter, self.n_samples):
                 if not self._uses_logits(pl_module):
-                    batch = self._supervised_part(batch)
-                size = self.adapter.size(batch)
-                if size == 0 and not sharded:
+                    count += self._add_from_losses(tape, pl_module, batch, sums)
                     continue
-                if self.fisher == "batched":
-                    batched_fisher(parameters, forward_loss(pl_module, batch) * size, size, into=sums)
-                    tape.clear()
-                elif self._uses_logits(pl_module):
-                    loop = SampleLoop(parameters) if self.by_sample else None
-                    parts = self._singles(batch) if loop is not None else [batch]
-                    size = 0
-                    for part in parts:
-                        with OutputCapture(pl_module, self.logits) as capture:
-                            run_step(pl_module, part, self.adapter)
-                        size += self._sums_from_logits(loop or tape, capture.output, part, generator, sums)
-                        tape.clear()
-                elif self.by_sample:
-                    squared_sums_by_loop(self._single_losses(tape, pl_module, batch), parameters, into=sums)
-                elif self._is_uneven(batch, pl_module, sharded):
-                    # ranks of a sharded model must run the same forwards: one with fewer samples adds zeros
-                    for index in range(max_over_ranks(size, pl_module.device) if sharded else size):
-                        single = self.adapter.select(batch, [min(index, size - 1)])
-                        tape.squared_sums(forward_loss(pl_module, single) * (index < size), batch_size=1, into=sums)
-                else:
-                    tape.squared_sums(forward_loss(pl_module, batch) * size, batch_size=size, into=sums)
-                count += size
+                if not isinstance(trainer.datamodule, IdentifiedData):  # type: ignore[attr-defined]
+                    # each rank counts from 0, and reads every world_size-th sample
+                    sample_ids = sample_ids * trainer.world_size + trainer.global_rank
+                count += self._add_from_logits(tape, pl_module, batch, sample_ids, seed, sums)
         total = sum_over_ranks_(torch.tensor(float(count), device=pl_module.device, dtype=torch.float64))
         if not total:
             raise ValueError("The task holds no sample to measure the Fisher information on.")
-        return {name: shard(sum_over_ranks_(value).div_(float(total)), placed[name]) for name, value in sums.items()}
+        # sums of sharded parameters are over all ranks already
+        whole = (value.to_local() if isinstance(value, DTensor) else sum_over_ranks_(value) for value in sums.values())
+        return {name: value.div_(float(total)) for name, value in zip(sums, whole, strict=True)}
+
+    def _add_from_losses(
+        self, tape: LayerTape, pl_module: LightningModule, batch: Any, sums: Mapping[str, Tensor]
+    ) -> int:
+        """Add the squares of the module's own losses on a batch to ``sums``; return the samples that count."""
+        supervised = self._supervised_part(batch)
+        size, sharded = self.adapter.size(supervised), _is_sharded(tape.params)
+        if size:
+            batch = supervised
+        elif not sharded:
+            return 0
+        if self.fisher == "batched":
+            loss = forward_loss(pl_module, batch) * size
+            batched_fisher(tape.params, loss, size, into=sums, unsharded=tape.unsharded)
+            tape.clear()
+        elif self.by_sample or self._is_uneven(supervised, pl_module, sharded):
+            for row, idle in self._rows(size, pl_module, sharded):
+                loss = forward_loss(pl_module, self.adapter.select(batch, [row]))
+                if self.by_sample:
+                    # the open tape must not keep the graph of every sample
+                    tape.clear()
+                    squared_sums_by_loop([loss], tape.params, sums, unsharded=tape.unsharded, idle=idle)
+                else:
+                    tape.squared_sums(loss, batch_size=1, into=sums, idle=idle)
+        else:
+            loss = forward_loss(pl_module, batch) * size
+            tape.squared_sums(loss, batch_size=self.adapter.size(batch), into=sums, idle=size == 0)
+        return size
+
+    def _add_from_logits(
+        self,
+        tape: LayerTape,
+        pl_module: LightningModule,
+        batch: Any,
+        sample_ids: Tensor,
+        seed: int,
+        sums: Mapping[str, Tensor],
+    ) -> int:
+        """Add the squares of gradients of class scores on a batch to ``sums``; return the samples that count."""
+        if not self.by_sample:
+            logits = self._captured(pl_module, batch)
+            return self._sums_from_logits(tape, logits, batch, sample_ids, seed, sums)
+        loop, count = SampleLoop(tape.params, tape.unsharded), 0
+        for row, idle in self._rows(self.adapter.size(batch), pl_module, _is_sharded(tape.params)):
+            single = self.adapter.select(batch, [row])
+            logits = self._captured(pl_module, single)
+            tape.clear()
+            if idle:
+                # gradients of 0
+                logits = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool), 0.0)
+            counted = self._sums_from_logits(loop, logits, single, sample_ids[row : row + 1], seed, sums)
+            count += 0 if idle else counted
+        return count
+
+    def _captured(self, pl_module: LightningModule, batch: Any) -> Tensor:
+        with OutputCapture(pl_module, self.logits) as capture:
+            run_step(pl_module, batch, self.adapter)
+        return capture.output
+
+    @staticmethod
+    def _rows(size: int, pl_module: LightningModule, sharded: bool) -> Iterator[tuple[int, bool]]:
+        """Yield rows of single samples; ranks of a sharded model with fewer of them go on with idle ones."""
+        # they must run the same forwards
+        rounds = max_over_ranks(size, pl_module.device) if sharded else size
+        return ((min(row, max(size - 1, 0)), row >= size) for row in range(rounds))
 
     def _uses_logits(self, pl_module: LightningModule) -> bool:
         return self.fisher in ("sampled", "exact") or not pl_module.automatic_optimization
@@ -172,8 +211,9 @@ class FisherEstimator:
         tape: LayerTape | SampleLoop,
         logits: Tensor,
         batch: Any,
-        generator: torch.Generator,
-        into: dict[str, Tensor] | None,
+        sample_ids: Tensor,
+        seed: int,
+        into: Mapping[str, Tensor] | None,
     ) -> int:
         """Add the sums of a batch to ``into``; return the samples that count."""
         labels = self.adapter.labels(batch)
@@ -181,59 +221,50 @@ class FisherEstimator:
             return exact_fisher(tape, logits, into=into).count
         if self.fisher == "sampled":
             usable = labels if labels is not None and labels.shape == logits.shape[:-1] else None
-            return sampled_fisher(tape, logits, generator, labels=usable, into=into).count
+            uniform = _uniform(seed, sample_ids, logits.shape[:-1])
+            return sampled_fisher(tape, logits, uniform, labels=usable, into=into).count
         if labels is None:
             raise ValueError("`fisher='empirical'` needs labels in the batch; 'sampled' and 'exact' need none.")
         return empirical_fisher(tape, logits, labels, into=into).count
 
-    def _agrees(
-        self, tape: LayerTape, pl_module: LightningModule, parameters: Mapping[str, Parameter], part: Any
-    ) -> bool:
+    def _agrees(self, tape: LayerTape, pl_module: LightningModule, part: Any) -> bool:
         """Return whether squares taken from a batch equal those of the module's losses on its single samples."""
         size = self.adapter.size(part)
-        if _is_sharded(parameters):
-            # single gradients of a shard are out of reach: compare the losses, and see that every layer was called
-            losses = torch.stack([loss.detach() for loss in self._single_losses(tape, pl_module, part)])
-            joint = forward_loss(pl_module, part).detach()
-            weights = self._weights(part) or [torch.ones_like(losses)]
-            means = [(losses * weight).sum() / weight.sum() for weight in weights]
-            agree = any(bool(torch.isclose(joint, mean, rtol=_TOLERANCE)) for mean in means)
-            return tape.seen == parameters.keys() and agree
-        expected = squared_sums_by_loop(self._single_losses(tape, pl_module, part), parameters)
+        expected = squared_sums_by_loop(
+            self._single_losses(tape, pl_module, part), tape.params, unsharded=tape.unsharded
+        )
         try:
             found = tape.squared_sums(forward_loss(pl_module, part) * size, batch_size=size)
         except (RuntimeError, ValueError):
             return False
-        roots = {name: square.sqrt() for name, square in expected.items()}
-        # gradients that are 0 but for rounding differ by all of themselves
-        noise = 1e-3 * _TOLERANCE * max(_norm(root) for root in roots.values())
-        return all(_norm(found[n].sqrt() - root) <= _TOLERANCE * _norm(root) + noise for n, root in roots.items())
-
-    def _singles(self, batch: Any) -> Iterator[Any]:
-        return (self.adapter.select(batch, [index]) for index in range(self.adapter.size(batch)))
+        return not differing(found, expected, _TOLERANCE)
 
     def _single_losses(self, tape: LayerTape, pl_module: LightningModule, batch: Any) -> Iterator[Tensor]:
-        for single in self._singles(batch):
-            loss = forward_loss(pl_module, single)
-            # the open tape must not keep the graph of every sample
+        for row in range(self.adapter.size(batch)):
+            loss = forward_loss(pl_module, self.adapter.select(batch, [row]))
             tape.clear()
             yield loss
 
-    def _few(self, batch: Any) -> Any:
-        """Return a few samples to compare, of different classes if possible, because a loss may weigh classes."""
-        batch = self._supervised_part(batch)
-        rows, labels = list(range(self.adapter.size(batch))), self.adapter.labels(batch)
+    def _few(self, batch: Any, pl_module: LightningModule) -> Any:
+        """Return a few samples to compare, of different classes if possible, because a loss may weigh classes.
+
+        As many on every rank, because ranks of a sharded model must run the same forwards.
+        """
+        supervised = self._supervised_part(batch)
+        rows, labels = list(range(self.adapter.size(supervised))), self.adapter.labels(supervised)
         if labels is not None and labels.ndim == 1:
             values = labels.tolist()
             rows.sort(key=lambda row: values.index(values[row]) != row)
-        return self.adapter.select(batch, rows[:_COMPARED])
+        count = -max_over_ranks(-min(len(rows), _COMPARED), pl_module.device)
+        # without labels nothing agrees, which is safe: the loop over samples is always right
+        return self.adapter.select(supervised, rows[:count]) if count else self.adapter.select(batch, [0])
 
     def _weights(self, batch: Any) -> list[Tensor]:
         """Return the supervised positions of each sample, [B]; of labels that are shifted in the loss, both ways."""
         labels = self.adapter.labels(batch)
         if labels is None or labels.is_floating_point():
             return []
-        supervised = (labels != IGNORE_INDEX).reshape(len(labels), -1)
+        supervised = (labels != IGNORE_INDEX).reshape(len(labels), math.prod(labels.shape[1:]))
         return [supervised.sum(1)] if labels.ndim == 1 else [supervised.sum(1), supervised[:, 1:].sum(1)]
 
     def _supervised_part(self, batch: Any) -> Any:
@@ -258,5 +289,8 @@ def _is_sharded(parameters: Mapping[str, Tensor]) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in parameters.values())
 
 
-def _norm(tensor: Tensor) -> float:
-    return float(tensor.norm())
+def _uniform(seed: int, sample_ids: Tensor, shape: torch.Size) -> Tensor:
+    """Return numbers from 0 to 1 that belong to the samples, whatever the batch, its padding and the rank."""
+    positions = math.prod(shape) // max(len(sample_ids), 1)
+    generators = (torch.Generator().manual_seed(derived_seed(seed, sample)) for sample in sample_ids.tolist())
+    return torch.cat([torch.rand(positions, generator=generator) for generator in generators]).reshape(shape)

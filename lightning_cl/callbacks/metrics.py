@@ -16,8 +16,10 @@ from lightning.pytorch.cli import SaveConfigCallback
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_cl.core.checks import check_choice
 from lightning_cl.core.evaluation import check_metrics_apart, run_validation
 from lightning_cl.core.events import ContinualCallback, TaskEvents, TaskStream
+from lightning_cl.core.generation import GeneratesSamples
 from lightning_cl.core.task import Task
 from lightning_cl.metrics.record import RunRecord, WithinTask, write_record
 from lightning_cl.metrics.summary import summarise_matrix
@@ -30,12 +32,14 @@ class ContinualMetrics(ContinualCallback):
 
     Scores are the values that the module logs as ``monitor`` in its ``validation_step``, one for each task's loader; a
     ``validation_step`` without ``dataloader_idx`` serves as it is. After every task the summary goes to all loggers as
-    ``continual/<name>``; the matrix is kept in the checkpoint and, at the end of the fit, written to ``record.json``
-    and ``matrix.csv``. Without a task stream, validation loader *i* stands for task *i*, and a single loader for the
-    task being learned.
+    ``continual/<name>``. The matrix, with the texts of a module that generates samples, is kept in the checkpoint and,
+    at the end of the fit, written to ``record.json`` and ``matrix.csv``. Without a task stream, validation loader *i*
+    stands for task *i*, and a single loader for the task being learned.
 
     Args:
-        monitor: The logged name of the score, higher is better.
+        monitor: The logged name of the score.
+        mode: ``"max"`` if a higher score is better, ``"min"`` for a loss or a perplexity, whose forgetting is its rise.
+        further: More logged values of each task to keep beside the matrix, such as ``["val_acc"]``.
         directory: Where the record is written; the logger's directory if ``None``.
         name: Name of the method in the report; made of the callbacks in use if ``None``.
         baseline: Evaluate all tasks before the first step, for the forward transfer; needs
@@ -53,12 +57,17 @@ class ContinualMetrics(ContinualCallback):
         self,
         monitor: str = "val_acc",
         *,
+        mode: Literal["max", "min"] = "max",
+        further: list[str] | None = None,
         directory: str | Path | None = None,
         name: str | None = None,
         baseline: bool = False,
         joint: list[float] | None = None,
     ) -> None:
+        check_choice("mode", mode, ("max", "min"))
         self.monitor = monitor
+        self.mode = mode
+        self.further = further or []
         self.directory = directory
         self.name = name
         self.baseline = baseline
@@ -66,6 +75,8 @@ class ContinualMetrics(ContinualCallback):
         self._task_names: list[str] = []
         self._rows: dict[int, list[float]] = {}
         self._trained: dict[int, list[int]] = {}
+        self._further: dict[str, dict[int, list[float]]] = {name: {} for name in self.further}
+        self._samples: dict[int, dict[str, str]] = {}
         self._baseline_scores: list[float] = []
         self._steps: list[int] = []
         self._step_tasks: list[int] = []
@@ -103,6 +114,7 @@ class ContinualMetrics(ContinualCallback):
             joint=None if self.joint is None else torch.tensor(self.joint, dtype=torch.float64),
             curves=_stack(self._step_scores) if within else None,
             task_of_evaluation=torch.tensor(self._step_tasks, dtype=torch.int64),
+            lower_is_better=self.mode == "min",
         )
 
     def _columns(self) -> list[list[int]]:
@@ -129,7 +141,7 @@ class ContinualMetrics(ContinualCallback):
                     " `TaskStreamDataModule(evaluate='all')`."
                 )
             run_validation(trainer, stream.task_of_epoch(0) if isinstance(stream, TaskStream) else None)
-            self._baseline_scores = self._read(trainer)
+            self._baseline_scores = self._read(trainer, self.monitor)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -137,7 +149,7 @@ class ContinualMetrics(ContinualCallback):
         if trainer.sanity_checking or trainer.state.fn != "fit" or events.task is None:
             return
         check_metrics_apart(trainer, pl_module, self.monitor)
-        scores, task = self._read(trainer), events.task
+        scores, task = self._read(trainer, self.monitor), events.task
         step = self._steps_before + trainer.global_step
         if self._steps and (self._steps[-1], self._step_tasks[-1]) == (step, task.index):
             # the same weights again: evaluated within the task just before its end, or made up for after a resume
@@ -148,6 +160,10 @@ class ContinualMetrics(ContinualCallback):
         if events.running:
             return
         self._rows[task.index] = scores
+        for name in self.further:
+            self._further[name][task.index] = self._read(trainer, name)
+        if isinstance(pl_module, GeneratesSamples):
+            self._samples[task.index] = pl_module.generate_samples()
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(datamodule, TaskStream):
             self._trained[task.index] = datamodule.trained_by(task)
@@ -186,10 +202,18 @@ class ContinualMetrics(ContinualCallback):
             peak_memory_mib=_peak_memory(),
             versions={name: version(name) for name in ("torch", "lightning", "torchmetrics")},
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            better="higher" if self.mode == "max" else "lower",
+            further={
+                name: _stack([rows.get(row, []) for row in range(len(self.matrix))], len(self._task_names)).tolist()
+                for name, rows in self._further.items()
+            },
+            samples=[self._samples.get(row, {}) for row in range(len(self.matrix))]
+            if any(self._samples.values())
+            else [],
         )
 
-    def _read(self, trainer: Trainer) -> list[float]:
-        """Return the score of every task at the last evaluation, NaN for tasks without a loader."""
+    def _read(self, trainer: Trainer, name: str) -> list[float]:
+        """Return the value ``name`` of every task at the last evaluation, NaN for tasks without a loader."""
         datamodule, events = trainer.datamodule, TaskEvents.attach(trainer)  # type: ignore[attr-defined]
         logged = trainer.callback_metrics
         loaders = len(trainer.num_val_batches)
@@ -200,10 +224,11 @@ class ContinualMetrics(ContinualCallback):
             tasks = [Task(index=first + i, name=f"fit {first + i + 1}") for i in range(loaders)]
         scores: dict[int, float] = {}
         for position, task in enumerate(tasks):
-            key = self.monitor if loaders == 1 else f"{self.monitor}/dataloader_idx_{position}"
+            key = name if loaders == 1 else f"{name}/dataloader_idx_{position}"
             if key not in logged:
+                setting = f"monitor={name!r}" if name == self.monitor else f"further=[{name!r}]"
                 raise ValueError(
-                    f"`ContinualMetrics(monitor={self.monitor!r})` found no such value for {task}: log it in"
+                    f"`ContinualMetrics({setting})` found no such value for {task}: log it in"
                     f" `validation_step`. Logged were {sorted(logged)}."
                 )
             scores[task.index] = float(logged[key])
@@ -223,6 +248,8 @@ class ContinualMetrics(ContinualCallback):
             "task_names": list(self._task_names),
             "trained": {str(task): list(columns) for task, columns in self._trained.items()},
             "rows": {str(task): list(row) for task, row in self._rows.items()},
+            "further": {name: {str(t): list(row) for t, row in rows.items()} for name, rows in self._further.items()},
+            "samples": {str(task): dict(texts) for task, texts in self._samples.items()},
             "baseline": list(self._baseline_scores),
             "steps_before": [self._steps_before, self._steps_so_far],
             "steps": list(self._steps),
@@ -236,6 +263,9 @@ class ContinualMetrics(ContinualCallback):
         self._task_names = state_dict["task_names"]
         self._rows = {int(task): row for task, row in state_dict["rows"].items()}
         self._trained = {int(task): columns for task, columns in state_dict["trained"].items()}
+        for name, rows in state_dict["further"].items():
+            self._further[name] = {int(task): row for task, row in rows.items()}
+        self._samples = {int(task): texts for task, texts in state_dict["samples"].items()}
         self._baseline_scores = state_dict["baseline"]
         self._steps_before, self._steps_so_far = state_dict["steps_before"]
         self._steps, self._step_tasks = state_dict["steps"], state_dict["step_tasks"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -16,11 +17,13 @@ from lightning_cl.core.card import MethodCard
 from lightning_cl.core.checks import check_automatic_optimization, check_choice, check_positive
 from lightning_cl.core.distributed import gather_rows
 from lightning_cl.core.events import ContinualCallback, TaskEvents
+from lightning_cl.core.footprint import Footprint
 from lightning_cl.core.rng import derived_seed
 from lightning_cl.core.shards import PerRank, of_all_ranks
 from lightning_cl.core.task import Task
 from lightning_cl.core.task_data import IdentifiedData, global_rows, task_batches
 from lightning_cl.memory import Drawn, IndexStorage, MmapStorage, ReplayBuffer, Storage
+from lightning_cl.memory.index import BYTES_PER_ENTRY
 
 __all__ = ["ExperienceReplay"]
 
@@ -283,6 +286,19 @@ class ExperienceReplay(ContinualCallback):
         """Remove samples for good, here and in every later checkpoint; return how many all ranks removed."""
         return self.buffer.purge(sample_ids)
 
+    @override
+    def footprint(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Footprint:
+        columns, size = self.adapter.columns(batch), self.adapter.size(batch)
+        share = -(-self.capacity // trainer.world_size)
+        payload = 0 if self.storage == "index" else sum(_column_bytes(c) for c in columns.values()) * share // size
+        index = BYTES_PER_ENTRY * self.capacity
+        # in both modes the draw's forward lives until the backward
+        rows = [row % size for row in range(min(self.batch_size or size, share))]
+        joined = self.adapter.join(batch, self.adapter.columns(self.adapter.select(batch, rows)))
+        if self.storage == "mmap":
+            return Footprint(host=index, disk=payload, batch=joined)
+        return Footprint(host=index + payload, batch=joined)
+
     # ------------------------------------------------------------------ checkpoints
 
     @override
@@ -298,6 +314,12 @@ class ExperienceReplay(ContinualCallback):
         self._presented = state_dict["presented"]
         self._first_epoch = state_dict["first_epoch"]
         self.buffer.load_state_dict(ReplayBuffer.merge_states(of_all_ranks(state_dict["buffer"])))
+
+
+def _column_bytes(column: Column) -> int:
+    if isinstance(column, Tensor):
+        return column.nbytes
+    return sum(item.nbytes if isinstance(item, Tensor) else sys.getsizeof(item) for item in column)
 
 
 def _stack(parts: list[dict[str, Column]]) -> dict[str, Column]:

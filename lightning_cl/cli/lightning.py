@@ -47,17 +47,21 @@ class TaskCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
 
-def run(arguments: Sequence[str]) -> TaskCLI:
+def run(arguments: Sequence[str], cli: type[TaskCLI] = TaskCLI) -> TaskCLI:
     """Run ``fit``, ``validate``, ``test`` or ``predict`` with any module and any datamodule.
 
     The same config works in a LightningCLI script of the user's own that imports ``lightning_cl``.
+
+    Args:
+        arguments: The command and its options.
+        cli: What does it.
     """
     # Lightning reads the command line itself, and starts the other ranks by it
     sys.argv = [sys.argv[0], *arguments]
     with warnings.catch_warnings():
         # Lightning 2.6 builds its parser in a way that jsonargparse 4.50 calls old
         warnings.filterwarnings("ignore", category=JsonargparseDeprecationWarning)
-        return TaskCLI(
+        return cli(
             LightningModule,
             LightningDataModule,
             subclass_mode_model=True,

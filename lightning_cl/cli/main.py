@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import sys
@@ -65,6 +66,14 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     compare.set_defaults(run=_compare)
 
+    plan = commands.add_parser("plan", help="say what a run takes in memory on each rank, and whether it fits")
+    plan.add_argument("config", help="a config for `lightning-cl fit`")
+    plan.add_argument("--devices", type=int, help="ranks on each node, those of the config by default")
+    plan.add_argument("--nodes", type=int, help="nodes, those of the config by default")
+    plan.add_argument("--card", help="memory of a card, such as 80GiB")
+    plan.add_argument("--json", action="store_true", help="print bytes by part as JSON")
+    plan.set_defaults(run=_plan)
+
     report = commands.add_parser("report", help="write the HTML report of finished runs")
     report.add_argument("runs", nargs="+", help="folders with a record.json, searched in depth")
     report.add_argument("--output", default="lightning_cl_report", help="folder for the report")
@@ -88,6 +97,16 @@ def _compare(options: argparse.Namespace) -> None:
         output=options.output,
         jobs=options.jobs,
     )
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from lightning_cl.cli.plan import plan, print_plan
+
+    result = plan(options.config, devices=options.devices, nodes=options.nodes, card=options.card)
+    if options.json:
+        print(json.dumps(result, indent=2))
+    else:
+        print_plan(result)
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -16,6 +16,7 @@ __all__ = [
     "check_gradients",
     "check_launcher",
     "check_positive",
+    "check_replicas",
     "select_parameters",
 ]
 
@@ -26,6 +27,16 @@ def check_launcher(trainer: Trainer) -> None:
         raise ValueError(
             "`strategy='ddp_spawn'` and `'ddp_fork'` lose the state of callbacks between fits: task 2 would train"
             " unprotected. Use `strategy='ddp'` in a script, or launch with torchrun."
+        )
+
+
+def check_replicas(trainer: Trainer) -> None:
+    """Refuse tensor parallelism, where several ranks read the same samples and a memory would count them twice."""
+    readers = (getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {}).get("num_replicas", 1)
+    if readers != trainer.world_size:
+        raise ValueError(
+            f"Task streams and continual callbacks need every rank to read samples of its own, but with tensor"
+            f" parallelism {trainer.world_size} ranks read {readers} shares. Use `tensor_parallel_size=1`."
         )
 
 

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_cl.core.checks import check_launcher
+from lightning_cl.core.checks import check_launcher, check_replicas
 from lightning_cl.core.distributed import rank
 from lightning_cl.core.evaluation import (
     accept_dataloader_idx,
@@ -25,6 +25,7 @@ from lightning_cl.core.evaluation import (
     restore_steps,
     run_validation,
 )
+from lightning_cl.core.footprint import Footprint
 from lightning_cl.core.head import check_head
 from lightning_cl.core.progress import evaluation_follows, finished_epoch, leave_finished_batches_behind
 from lightning_cl.core.rng import derived_seed, isolated_rng, rng_state, set_rng_state
@@ -78,6 +79,16 @@ class ContinualCallback(Callback):
         """Return a scalar to add to the loss of ``training_step``, or ``None``; under automatic optimization only."""
         return None
 
+    def footprint(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Footprint:
+        """Return what the callback will take on a rank, for ``lightning-cl plan``; nothing is trained for it.
+
+        Args:
+            trainer: Knows the number of ranks.
+            pl_module: Its parameters are shards of the right sizes, of tensors without values.
+            batch: A batch of a rank, as it comes from the loader and from the callbacks before this one.
+        """
+        return Footprint()
+
 
 class TaskEvents(Callback):
     """Derives task events from Lightning's hooks and keeps what a resume needs: the open task and every rank's RNG."""
@@ -114,6 +125,7 @@ class TaskEvents(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         check_launcher(trainer)
+        check_replicas(trainer)
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
         self._stream = datamodule if isinstance(datamodule, TaskStream) else None
         self._restored = self._trained = False

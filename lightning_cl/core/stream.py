@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 
 from lightning_cl.core.task import Task
 
-__all__ = ["TaskStream"]
+__all__ = ["CountedStream", "TaskStream"]
 
 
 @runtime_checkable
@@ -34,3 +34,11 @@ class TaskStream(Protocol):
 
     def request_evaluation(self, task: Task | None) -> None:
         """Give evaluation loaders as at the end of ``task``, whatever the epoch; ``None`` ends the request."""
+
+
+@runtime_checkable
+class CountedStream(Protocol):
+    """A stream that knows how long its tasks are."""
+
+    def epochs_and_batches(self) -> list[tuple[int, int]]:
+        """Return the epochs of every task and the batches that a rank reads in each of them."""

@@ -10,11 +10,12 @@ from lightning_cl.datamodules.scenarios import (
     Permuted,
     Predefined,
     Recurring,
+    Rehearsed,
     Rotated,
     Scenario,
     TaskIncremental,
 )
-from lightning_cl.datamodules.sources import ArraySource, DigitsSource, HFSource, TextFileSource
+from lightning_cl.datamodules.sources import ArraySource, DigitsSource, HFSource, PackedTextSource, TextFileSource
 from lightning_cl.datamodules.stream import TaskStreamDataModule
 
 __all__ = [
@@ -27,9 +28,11 @@ __all__ = [
     "HFSource",
     "Joint",
     "Online",
+    "PackedTextSource",
     "Permuted",
     "Predefined",
     "Recurring",
+    "Rehearsed",
     "Rotated",
     "Scenario",
     "TaskIncremental",

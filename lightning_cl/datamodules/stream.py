@@ -176,6 +176,14 @@ class TaskStreamDataModule(LightningDataModule):
         """Return whether ``epoch`` is the last of its task."""
         return self.plan.ends_task(epoch)
 
+    def epochs_and_batches(self) -> list[tuple[int, int]]:
+        """Return the epochs of every task and the batches that a rank reads in each of them."""
+        world_size, starts = self._ranks()["world_size"], self.plan.starts
+        return [
+            (stop - start, self.steps_per_task or -(-len(plan.indices) // (self.batch_size * world_size)))
+            for plan, start, stop in zip(self.plan.plans, starts, starts[1:], strict=False)
+        ]
+
     def evaluates_after(self, epoch: int) -> bool:
         """Return whether tasks are evaluated at the end of ``epoch``."""
         every = self.evaluate_every_n_epochs

@@ -4,12 +4,14 @@ from lightning_cl.functional.ewc import ewc_gradient_, ewc_penalty, merge_online
 from lightning_cl.functional.fisher import FisherSums, batched_fisher, empirical_fisher, exact_fisher, sampled_fisher
 from lightning_cl.functional.per_sample import LayerTape
 from lightning_cl.functional.sample_loop import SampleLoop, SquaredGradients, squared_sums_by_loop
+from lightning_cl.functional.sharding import UnshardedWeights
 
 __all__ = [
     "FisherSums",
     "LayerTape",
     "SampleLoop",
     "SquaredGradients",
+    "UnshardedWeights",
     "batched_fisher",
     "empirical_fisher",
     "ewc_gradient_",

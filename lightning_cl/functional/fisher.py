@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_cl.functional.sample_loop import SquaredGradients, squared_sums_by_loop
+from lightning_cl.functional.sharding import UnshardedWeights
 
 __all__ = ["IGNORE_INDEX", "FisherSums", "batched_fisher", "empirical_fisher", "exact_fisher", "sampled_fisher"]
 
@@ -64,29 +65,34 @@ def exact_fisher(tape: SquaredGradients, logits: Tensor, *, into: Mapping[str, T
 def sampled_fisher(
     tape: SquaredGradients,
     logits: Tensor,
-    generator: torch.Generator,
+    uniform: Tensor,
     *,
     labels: Tensor | None = None,
     into: Mapping[str, Tensor] | None = None,
 ) -> FisherSums:
     r"""Sum :math:`(\nabla \sum_t \log p_{t,y_t})^2` over samples, with one label :math:`y_t \sim p_t` per position.
 
-    Its expectation is the exact Fisher. One uniform number is drawn for each position in order, so with a generator on
-    the CPU the labels depend neither on the batch size nor on the device.
+    Its expectation is the exact Fisher. The label is the class in whose part of the distribution function the uniform
+    number falls, so numbers that belong to the samples make it independent of batches, ranks and devices.
 
     Args:
         tape: What recorded the forward pass.
         logits: ``[B, C]`` or ``[B, T, C]``.
-        generator: Source of the labels.
+        uniform: Random numbers from 0 to 1, ``[B]`` or ``[B, T]``.
         labels: ``[B]`` or ``[B, T]``, only to leave out positions of label -100.
         into: Accumulators by name, which are added to and returned.
 
     Raises:
-        ValueError: If ``labels`` does not fit ``logits``.
+        ValueError: If ``labels`` or ``uniform`` does not fit ``logits``.
     """
+    if uniform.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"`uniform` of shape {tuple(uniform.shape)} does not fit logits of shape {tuple(logits.shape)}: one number"
+            " for each position is needed."
+        )
     probabilities = _probabilities(logits)
     supervised = None if labels is None else _supervised(logits, labels)
-    drawn = _draw(probabilities, generator)
+    drawn = _draw(probabilities, uniform)
     return _fisher_of_labels(tape, logits, probabilities, drawn, supervised, into)
 
 
@@ -111,7 +117,12 @@ def empirical_fisher(
 
 
 def batched_fisher(
-    params: Mapping[str, Tensor], loss: Tensor, count: int, *, into: Mapping[str, Tensor] | None = None
+    params: Mapping[str, Tensor],
+    loss: Tensor,
+    count: int,
+    *,
+    into: Mapping[str, Tensor] | None = None,
+    unsharded: UnshardedWeights | None = None,
 ) -> FisherSums:
     r"""Return :math:`(\sum_i \nabla \ell_i)^2`, a rough stand-in that needs one plain backward pass of any model.
 
@@ -123,10 +134,11 @@ def batched_fisher(
     Args:
         params: The parameters by name.
         loss: Sum of the losses of the samples (a mean times ``count``).
-        count: Number of samples :math:`B`.
+        count: Number of samples :math:`B`; with 0 nothing is added.
         into: Accumulators by name, which are added to and returned.
+        unsharded: Where parameters are sharded, what was gathered for the forward pass of ``loss``.
     """
-    return FisherSums(squared_sums_by_loop([loss], params, into), count)
+    return FisherSums(squared_sums_by_loop([loss], params, into, unsharded=unsharded, idle=count == 0), count)
 
 
 def _fisher_of_labels(
@@ -169,10 +181,9 @@ def _supervised(logits: Tensor, labels: Tensor) -> Tensor:
     return labels != IGNORE_INDEX
 
 
-def _draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
-    # inverse of the distribution function: multinomial draws in an order that depends on the size of the batch
+def _draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    # inverse of the distribution function
     cumulative = probabilities.cumsum(-1)
     total = cumulative[..., -1:]
-    uniform = torch.rand(total.shape, generator=generator, device=generator.device)
-    threshold = (uniform.to(total) * total).minimum(total.nextafter(torch.zeros_like(total)))
+    threshold = (uniform.unsqueeze(-1).to(total) * total).minimum(total.nextafter(torch.zeros_like(total)))
     return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)

@@ -16,7 +16,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from typing_extensions import override
 
@@ -26,6 +25,7 @@ __all__ = [
     "add_rank_one_squares_",
     "add_squared_sums_",
     "has_rank_one_gradients",
+    "has_rule",
     "is_in_reach",
     "layer_input",
     "per_sample_gradient",
@@ -185,7 +185,13 @@ class _Mapped(PerSampleGradient):
     """Any layer without children: ``vmap`` over samples of the layer's own vector-Jacobian product."""
 
     def __init__(
-        self, layer: nn.Module, name: str, gradient: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self,
+        layer: nn.Module,
+        name: str,
+        gradient: Tensor,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        weights: Mapping[str, Tensor],
     ) -> None:
         self.layer = layer
         self.name = name
@@ -198,7 +204,7 @@ class _Mapped(PerSampleGradient):
             0 if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == len(gradient) else None
             for leaf in self.leaves
         ]
-        self.state = {f"layer.{key}": _whole(value, gradient.dtype) for key, value in layer.named_parameters()}
+        self.state = {f"layer.{key}": _as(value.detach(), gradient.dtype) for key, value in weights.items()}
         super().__init__(len(gradient), self.state[f"layer.{name}"].numel() + 2 * gradient[0].numel())
 
     @override
@@ -243,12 +249,6 @@ class _WithoutHooks(nn.Module):
         return self.layer.forward(*args, **kwargs)
 
 
-def _whole(parameter: Tensor, dtype: torch.dtype) -> Tensor:
-    # the layers that come here have few weights: of a sharded one all ranks gather them
-    parameter = parameter.detach()
-    return _as(parameter.full_tensor() if isinstance(parameter, DTensor) else parameter, dtype)
-
-
 def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
@@ -260,11 +260,22 @@ def layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 
 def is_in_reach(layer: nn.Module) -> bool:
     """Tell whether the layer's own parameters act on its input only: it has a rule here, or no children."""
-    return type(layer).forward in _RULES or next(layer.children(), None) is None
+    return has_rule(layer) or next(layer.children(), None) is None
+
+
+def has_rule(layer: nn.Module) -> bool:
+    """Tell whether the layer's gradients follow from its input and the gradient at its output, without its weights."""
+    # by its forward: a subclass that changes it is another layer
+    return type(layer).forward in _RULES
 
 
 def per_sample_gradient(
-    layer: nn.Module, name: str, gradient: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    layer: nn.Module,
+    name: str,
+    gradient: Tensor,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    weights: Mapping[str, Tensor] | None = None,
 ) -> PerSampleGradient:
     """Return the per-sample gradients of the parameter ``name`` of ``layer`` for one call.
 
@@ -274,14 +285,15 @@ def per_sample_gradient(
         gradient: Gradient at the layer's output, ``[B, ...]``, in the dtype to compute in.
         args: Positional arguments of the call; tensors with one row for each sample come first.
         kwargs: Keyword arguments of the call.
+        weights: The layer's parameters at the call, by their names in the layer; as they are now if ``None``.
 
     Raises:
         ValueError: If the layer has no per-sample gradient.
     """
-    # by its forward: a subclass that changes it is another layer
-    rule = _RULES.get(type(layer).forward)
-    if rule is None:
-        return _Mapped(layer, name, gradient, args, kwargs)
+    if not has_rule(layer):
+        present = dict(layer.named_parameters()) if weights is None else weights
+        return _Mapped(layer, name, gradient, args, kwargs, present)
+    rule = _RULES[type(layer).forward]
     return rule(layer, name, gradient, layer_input(args, kwargs).detach())
 
 

@@ -28,13 +28,15 @@ from lightning_cl.functional.layer_gradients import (
     add_rank_one_squares_,
     add_squared_sums_,
     has_rank_one_gradients,
+    has_rule,
     is_in_reach,
     layer_input,
     per_sample_gradient,
 )
 from lightning_cl.functional.sample_loop import accumulators, squared_sums_by_loop
+from lightning_cl.functional.sharding import ShardedSums, UnshardedWeights, check_layout, root_mean_squares
 
-__all__ = ["LayerTape"]
+__all__ = ["LayerTape", "differing"]
 
 
 @dataclass
@@ -49,6 +51,7 @@ class _Call:
     versions: list[tuple[Tensor, int]]
     edge: GradientEdge
     shape: torch.Size  # of the output
+    weights: dict[str, Tensor] | None  # of a sharded layer that needs them for its gradients
 
 
 class LayerTape:
@@ -57,12 +60,18 @@ class LayerTape:
     A context manager: hooks stand while it is open, and each use of the records ends them, so one tape serves a whole
     dataset. The model must not mix samples: batch normalisation must be in eval mode.
 
+    Under ``fully_shard``, all ranks must run the same passes. The squares of one parameter at a time stand in full on a
+    rank, before they are summed over the ranks into a shard.
+
     Args:
         module: The model.
         names: Fully qualified names of the parameters wanted.
 
+    Attributes:
+        unsharded: What ``fully_shard`` gathered for the forward pass.
+
     Raises:
-        ValueError: If a name is not a parameter of ``module``.
+        ValueError: If a name is not a parameter of ``module``, or one is sharded otherwise than by ``fully_shard``.
 
     Example:
         >>> layer = nn.Linear(1, 1, bias=False)
@@ -78,14 +87,16 @@ class LayerTape:
             raise ValueError(f"`names` holds {unknown[:3]}, which are no parameters of the module.")
         self.module = module
         self.params: dict[str, Tensor] = {name: params[name] for name in names}
+        check_layout(self.params)
+        self.unsharded = UnshardedWeights(module, self.params)
         self._calls: list[_Call] = []
         self._refused: dict[str, str] = {}
-        self._unsharded: dict[str, Tensor] = {}
         self._handles: list[RemovableHandle] = []
         self._recording = False
         self._scratch = Scratch()
 
     def __enter__(self) -> Self:
+        self.unsharded.__enter__()
         owned = {id(param): name for name, param in self.params.items()}
         for layer_name, layer in self.module.named_modules():
             names = {local: owned[id(p)] for local, p in layer._parameters.items() if id(p) in owned}
@@ -106,18 +117,13 @@ class LayerTape:
         self._handles.clear()
         self._recording = False
         self._scratch = Scratch()
+        self.unsharded.__exit__()
         self.clear()
 
     def clear(self) -> None:
         """Drop the records of a forward pass that is not going to be used."""
         self._calls.clear()
         self._refused.clear()
-        self._unsharded.clear()
-
-    @property
-    def seen(self) -> set[str]:
-        """Names of the parameters whose layers were called in this forward pass and can be served."""
-        return {name for call in self._calls for name in call.names.values()} - self._refused.keys()
 
     def squared_sums(
         self,
@@ -127,6 +133,7 @@ class LayerTape:
         batch_size: int,
         into: Mapping[str, Tensor] | None = None,
         retain_graph: bool = False,
+        idle: bool = False,
     ) -> dict[str, Tensor]:
         r"""Return :math:`\sum_c \sum_i (\nabla_\theta \langle v_{ci}, z_i \rangle)^2` over samples :math:`i`.
 
@@ -136,12 +143,13 @@ class LayerTape:
             cotangents: Gradients :math:`v_c` of a loss with respect to ``outputs``, each of its shape; ones by default.
                 Squares are summed over several of them.
             batch_size: Number of samples in the forward pass.
-            into: Accumulators by name, which are added to and returned; new zeros (at least float32) by default. The
-                squares are formed in the dtype of the accumulators.
+            into: Accumulators by name, which are added to and returned; new zeros (at least float32, in the placement
+                of the parameter) by default. The squares are formed in the dtype of the accumulators.
             retain_graph: Keep the graph and the records for another use.
+            idle: Add nothing: for a rank of a sharded model that has no sample left while the others have.
 
         Returns:
-            The sums by name; zeros for a parameter that took no part.
+            The sums by name, of a sharded parameter over all ranks; zeros for a parameter that took no part.
 
         Raises:
             ValueError: If a recorded layer was not called with one row for each sample.
@@ -164,16 +172,18 @@ class LayerTape:
                             squares[number].addcmul_(gradient, gradient)
                         else:
                             squares[number] = gradient.square()
-                for name, numbers in calls_of.items():
-                    if not any(number in squares for number in numbers):
-                        parts = self._parts(name, numbers, gradients, totals[name].dtype)
-                        if parts:
-                            add_squared_sums_(parts, totals[name], self._scratch)
-            for number, square in squares.items():
-                call = self._calls[number]
-                inputs = layer_input(call.args, call.kwargs)
-                for local, name in call.names.items():
-                    add_rank_one_squares_(local, square, inputs, totals[name])
+                sums = ShardedSums()
+                for name, total in totals.items():
+                    numbers = calls_of.get(name, [])
+                    by_squares = any(number in squares for number in numbers)
+                    if by_squares and not last:
+                        continue
+                    with _full(total, sums) as full:
+                        if by_squares and not idle:
+                            self._add_rank_one_squares_(numbers[0], name, squares, full)
+                        elif not idle and (parts := self._parts(name, numbers, gradients, total.dtype)):
+                            add_squared_sums_(parts, full, self._scratch)
+                sums.flush()
         return totals
 
     def uncovered(
@@ -200,13 +210,8 @@ class LayerTape:
                 f"`losses` must have shape ({batch_size},), one for each sample, got {tuple(losses.shape)}."
             )
         chosen = range(min(samples, batch_size))
-        # of a sharded parameter, the graph holds the tensor that was gathered for the forward pass
-        params = {name: self._unsharded.get(name, param) for name, param in self.params.items()}
-        unseen = [name for name, param in params.items() if isinstance(param, DTensor)]
-        reasons = self._refused | dict.fromkeys(unseen, "it is sharded, and the layer that owns it was not called.")
-        expected = squared_sums_by_loop(
-            (losses[i] for i in chosen), {name: param for name, param in params.items() if name not in unseen}
-        )
+        reasons = dict(self._refused)
+        expected = squared_sums_by_loop((losses[i] for i in chosen), self.params, unsharded=self.unsharded)
         found = accumulators(self.params, None)
         with self._backward(retain_graph=True):
             calls_of = self._calls_by_name()
@@ -214,33 +219,29 @@ class LayerTape:
                 cotangent = torch.zeros_like(losses)
                 cotangent[i] = 1.0
                 gradients = self._output_gradients(losses, cotangent, retain_graph=True)
-                for name, numbers in calls_of.items():
-                    try:
-                        for number in numbers:
-                            _check(self._calls[number], batch_size)
-                        parts = self._parts(name, numbers, gradients, found[name].dtype)
-                        if parts:
-                            add_squared_sums_(parts, found[name], self._scratch)
-                    except (RuntimeError, ValueError) as error:
-                        # whatever a foreign layer cannot do, the caller can do by a loop
-                        reasons.setdefault(name, str(error))
-        roots = {name: square.sqrt() for name, square in expected.items()}
-        largest = max((_rms(root) for root in roots.values()), default=0.0)
-        if largest == 0:
+                sums = ShardedSums()
+                for name, total in found.items():
+                    numbers = calls_of.get(name, [])
+                    with _full(total, sums) as full:
+                        try:
+                            for number in numbers:
+                                _check(self._calls[number], batch_size)
+                            if parts := self._parts(name, numbers, gradients, total.dtype):
+                                add_squared_sums_(parts, full, self._scratch)
+                        except (RuntimeError, ValueError) as error:
+                            # whatever a foreign layer cannot do, the caller can do by a loop
+                            reasons.setdefault(name, str(error))
+                sums.flush()
+        if not any(root_mean_squares(expected).values()):
             return dict.fromkeys(self.params, "the losses compared depend on no parameter, so nothing is known.")
-        noise = 1e-3 * tolerance * largest  # gradients that are 0 but for rounding differ by all of themselves
-        for name, root in roots.items():
-            if not _rms(found[name].sqrt() - root) <= tolerance * _rms(root) + noise:
-                reasons.setdefault(name, "it also acts outside calls of the layer that owns it, or samples are mixed.")
+        for name in differing(found, expected, tolerance):
+            reasons.setdefault(name, "it also acts outside calls of the layer that owns it, or samples are mixed.")
         return {name: reasons[name] for name in self.params if name in reasons}
 
     def _recorder(self, layer_name: str, names: dict[str, str]) -> Callable[..., Tensor | None]:
         def record(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
             if not self._recording or not torch.is_grad_enabled():
                 return None
-            for local, name in names.items():
-                if isinstance(self.params[name], DTensor):
-                    self._unsharded[name] = getattr(layer, local)
             if not isinstance(output, Tensor) or not is_in_reach(layer):
                 reason = f"layer {layer_name!r} returns several tensors or has child modules."
                 self._refused.update(dict.fromkeys(names.values(), reason))
@@ -255,7 +256,11 @@ class LayerTape:
             versions = [(tensor, tensor._version) for tensor in tensors]
             # the edge, not the tensor: an activation in place makes the tensor mean something else
             edge = get_gradient_edge(output)
-            self._calls.append(_Call(layer, layer_name, names, args, kwargs, versions, edge, output.shape))
+            weights = None
+            if not has_rule(layer) and any(isinstance(self.params[name], DTensor) for name in names.values()):
+                # copied while they are gathered; layers without a rule are norms and other small ones
+                weights = {key: parameter.detach().clone() for key, parameter in layer.named_parameters()}
+            self._calls.append(_Call(layer, layer_name, names, args, kwargs, versions, edge, output.shape, weights))
             return replaced
 
         return record
@@ -287,6 +292,11 @@ class LayerTape:
         once = all(calls_of[name] == [number] for name in call.names.values())
         return once and has_rank_one_gradients(call.layer, layer_input(call.args, call.kwargs))
 
+    def _add_rank_one_squares_(self, number: int, name: str, squares: Mapping[int, Tensor], total: Tensor) -> None:
+        call = self._calls[number]
+        local = next(local for local, of in call.names.items() if of == name)
+        add_rank_one_squares_(local, squares[number], layer_input(call.args, call.kwargs), total)
+
     def _output_gradients(self, outputs: Tensor, cotangent: Tensor, retain_graph: bool) -> dict[int, Tensor]:
         """Return the gradients at the outputs of the calls that ``outputs`` depends on, by number of the call."""
         edges = [call.edge for call in self._calls]
@@ -301,7 +311,7 @@ class LayerTape:
         self, name: str, numbers: list[int], gradients: Mapping[int, Tensor], dtype: torch.dtype
     ) -> list[PerSampleGradient]:
         return [
-            per_sample_gradient(call.layer, local, gradients[number].to(dtype), call.args, call.kwargs)
+            per_sample_gradient(call.layer, local, gradients[number].to(dtype), call.args, call.kwargs, call.weights)
             for number in numbers
             if number in gradients
             for call in (self._calls[number],)
@@ -348,5 +358,28 @@ def _with_last(items: Iterable[Tensor]) -> Iterator[tuple[Tensor, bool]]:
         current = following
 
 
-def _rms(tensor: Tensor) -> float:
-    return float(tensor.square().mean().sqrt())
+def differing(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float) -> list[str]:
+    """Return the names whose sums of squares differ by more than rounding; of sharded ones all ranks must ask.
+
+    Args:
+        found: Sums of squared gradients by name.
+        expected: Those of another way, in the same placements.
+        tolerance: Largest relative error, of the root of the squared gradients, that is taken for rounding.
+    """
+    roots = {name: square.sqrt() for name, square in expected.items()}
+    sizes = root_mean_squares(roots)
+    errors = root_mean_squares({name: found[name].sqrt() - root for name, root in roots.items()})
+    # gradients that are 0 but for rounding differ by all of themselves
+    noise = 1e-3 * tolerance * max(sizes.values(), default=0.0)
+    return [name for name, size in sizes.items() if not errors[name] <= tolerance * size + noise]
+
+
+@contextmanager
+def _full(total: Tensor, sums: ShardedSums) -> Iterator[Tensor]:
+    """Give the tensor to add to: ``total``, or zeros of its full shape that join a sharded one."""
+    if not isinstance(total, DTensor):
+        yield total
+        return
+    full = torch.zeros(total.shape, dtype=total.dtype, device=total.device_mesh.device_type)
+    yield full
+    sums.add(total, full)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.utils.hooks import RemovableHandle
+
+from lightning_cl.functional.sharding import ShardedSums, UnshardedWeights
 
 __all__ = ["SampleLoop", "SquaredGradients", "accumulators", "squared_sums_by_loop"]
 
@@ -28,31 +31,76 @@ class SquaredGradients(Protocol):
 
 
 def squared_sums_by_loop(
-    losses: Iterable[Tensor], params: Mapping[str, Tensor], into: Mapping[str, Tensor] | None = None
+    losses: Iterable[Tensor],
+    params: Mapping[str, Tensor],
+    into: Mapping[str, Tensor] | None = None,
+    *,
+    unsharded: UnshardedWeights | None = None,
+    idle: bool = False,
 ) -> dict[str, Tensor]:
     r"""Return :math:`\sum_i (\nabla_\theta \ell_i)^2` by one backward pass for each loss: slow, right for any model.
+
+    Of a sharded parameter the sums are over all ranks, which must give as many losses each.
 
     Args:
         losses: Scalar losses :math:`\ell_i`, best from a generator, so that one graph lives at a time.
         params: The parameters by name.
-        into: Accumulators by name, which are added to and returned; new zeros (at least float32) by default.
+        into: Accumulators by name, which are added to and returned; new zeros (at least float32, in the placement of
+            the parameter) by default.
+        unsharded: Where parameters are sharded, what was gathered for the forward passes of the losses.
+        idle: Add nothing: for a rank that has no sample left while the others have.
 
     Raises:
-        ValueError: If a parameter is sharded: autograd gives such a one no gradient of a single rank's loss.
+        ValueError: If a parameter is sharded and ``unsharded`` is not given.
     """
-    if sharded := [name for name, param in params.items() if isinstance(param, DTensor)]:
+    if unsharded is None and (sharded := [name for name, param in params.items() if isinstance(param, DTensor)]):
         raise ValueError(
-            f"Gradients of single losses do not reach sharded parameters such as {sharded[0]!r}. Leave out those that a"
-            " LayerTape does not cover, or do not shard the model."
+            f"Gradients of single losses do not reach sharded parameters such as {sharded[0]!r} without the tensors"
+            " that were gathered for the forward pass: give `unsharded`."
         )
     totals = accumulators(params, into)
     for loss in losses if params else ():
-        gradients = torch.autograd.grad(loss, list(params.values()), retain_graph=True, allow_unused=True)
-        for name, gradient in zip(params, gradients, strict=True):
-            if gradient is not None:
-                gradient = gradient.to(totals[name].dtype)
-                totals[name].addcmul_(gradient, gradient)
+        _add_squares(loss, params, totals, unsharded, idle)
     return totals
+
+
+def _add_squares(
+    loss: Tensor,
+    params: Mapping[str, Tensor],
+    totals: Mapping[str, Tensor],
+    unsharded: UnshardedWeights | None,
+    idle: bool,
+) -> None:
+    sums = ShardedSums()
+
+    def reducing(total: DTensor) -> Callable[[Tensor], Tensor]:
+        def reduce(gradient: Tensor) -> Tensor:
+            value = gradient.to(total.dtype)
+            sums.add(total, torch.zeros_like(value) if idle else value.square())
+            # of all that autograd collects, this takes no memory
+            return gradient.new_zeros(()).expand_as(gradient)
+
+        return reduce
+
+    graph = {name: param if unsharded is None else unsharded[name] for name, param in params.items()}
+    tensors = {name: tensor for name, tensor in graph.items() if tensor is not None}
+    handles: list[RemovableHandle] = []
+    try:
+        for name, tensor in tensors.items():
+            total = totals[name]
+            if isinstance(total, DTensor):
+                # at once, layer by layer: all gradients of a sharded model would not fit
+                handles.append(tensor.register_hook(reducing(total)))
+        gradients = torch.autograd.grad(loss, list(tensors.values()), retain_graph=True, allow_unused=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    sums.flush()
+    for name, gradient in zip(tensors, gradients, strict=True):
+        total = totals[name]
+        if gradient is not None and not isinstance(total, DTensor) and not idle:
+            gradient = gradient.to(total.dtype)
+            total.addcmul_(gradient, gradient)
 
 
 class SampleLoop:
@@ -62,10 +110,12 @@ class SampleLoop:
 
     Args:
         params: The parameters by name.
+        unsharded: Where parameters are sharded, what was gathered for the forward passes.
     """
 
-    def __init__(self, params: Mapping[str, Tensor]) -> None:
+    def __init__(self, params: Mapping[str, Tensor], unsharded: UnshardedWeights | None = None) -> None:
         self.params = dict(params)
+        self.unsharded = unsharded
 
     def squared_sums(
         self,
@@ -91,14 +141,18 @@ class SampleLoop:
             for cotangent in cotangents
             for row, weight in zip(outputs, cotangent, strict=True)
         )
-        return squared_sums_by_loop(rows, self.params, into)
+        return squared_sums_by_loop(rows, self.params, into, unsharded=self.unsharded)
 
 
 def accumulators(params: Mapping[str, Tensor], into: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    """Return the tensors of ``into`` for ``params``, or new zeros of the whole shape and of at least float32."""
+    """Return the tensors of ``into`` for ``params``, or new zeros of at least float32 in the parameters' placements."""
     if into is not None:
         return {name: into[name] for name in params}
     return {
-        name: torch.zeros(param.shape, dtype=torch.promote_types(param.dtype, torch.float32), device=param.device)
+        name: torch.zeros_like(
+            param.detach(),
+            dtype=torch.promote_types(param.dtype, torch.float32),
+            memory_format=torch.contiguous_format,
+        )
         for name, param in params.items()
     }

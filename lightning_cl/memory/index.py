@@ -11,7 +11,10 @@ from lightning_cl.memory.groups import Groups, Shares
 from lightning_cl.memory.hashing import Int64Array
 from lightning_cl.memory.lookup import IdTable
 
-__all__ = ["Entries", "Index", "SlotChange"]
+__all__ = ["BYTES_PER_ENTRY", "Entries", "Index", "SlotChange"]
+
+BYTES_PER_ENTRY = 65
+"""About what an entry takes on every rank, besides its payload."""
 
 _NONE: Int64Array = np.empty(0, dtype=np.int64)
 _COLUMNS = ("ids", "groups", "labels", "tasks", "owners")  # those that Entries has
@@ -64,7 +67,7 @@ class SlotChange:
 class Index:
     """All entries of a buffer, in rows ``0 .. size - 1``. Row and group order carry no meaning.
 
-    About 65 bytes per entry. The payload of the entries that this rank owns lies in slots ``0 .. local_size - 1``.
+    About :data:`BYTES_PER_ENTRY` each. The payload of the entries that this rank owns lies in slots ``0 .. local_size - 1``.
     """
 
     def __init__(self, capacity: int, rank: int) -> None:

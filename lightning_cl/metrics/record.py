@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -63,6 +63,9 @@ class RunRecord:
         peak_memory_mib: Peak memory of the run, in MiB.
         versions: Version of each package that matters.
         created: Time of writing, ISO 8601.
+        better: Which scores are better, ``"higher"`` ones, or ``"lower"`` ones as of a perplexity.
+        further: More logged values by their names, a matrix of each, shown as tables.
+        samples: Texts that the module wrote after each row, by prompt; empty where it wrote none.
     """
 
     method: str
@@ -78,18 +81,27 @@ class RunRecord:
     peak_memory_mib: float | None = None
     versions: dict[str, str] = field(default_factory=dict)
     created: str = ""
+    better: Literal["higher", "lower"] = "higher"
+    further: dict[str, Scores] = field(default_factory=dict)
+    samples: list[dict[str, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Turn ``NaN`` into ``None`` and check that the parts fit together."""
         object.__setattr__(self, "matrix", _rows(self.matrix))
+        object.__setattr__(self, "further", {name: _rows(rows) for name, rows in self.further.items()})
         object.__setattr__(self, "summary", {name: _finite(value) for name, value in self.summary.items()})
         tasks = len(self.task_names)
         if not tasks or not self.matrix:
             raise ValueError(f"{self.title} has no task or no row of scores.")
-        for name, rows in (("matrix", self.matrix), ("within.scores", self.within.scores)):
+        further = [(f"further[{name!r}]", rows) for name, rows in self.further.items()]
+        for name, rows in (("matrix", self.matrix), ("within.scores", self.within.scores), *further):
             for row in rows:
                 if len(row) != tasks:
                     raise ValueError(f"{self.title} has {tasks} tasks, but `{name}` has a row of {len(row)} scores.")
+        if len(self.samples) not in (0, len(self.matrix)):
+            raise ValueError(
+                f"{self.title} has {len(self.samples)} rows of `samples` for {len(self.matrix)} of scores."
+            )
         if not len(self.within.step) == len(self.within.task) == len(self.within.scores):
             raise ValueError(f"`step`, `task` and `scores` in `within` of {self.title} differ in length.")
         if self.trained is None:
@@ -196,7 +208,11 @@ def _check_types(content: Mapping[str, Any]) -> None:
     within = content.get("within", {})
     if not isinstance(within, dict):
         raise ValueError("`within` must map `step`, `task` and `scores` to lists.")
-    for name, rows in (("matrix", content.get("matrix", [])), ("within.scores", within.get("scores", []))):
+    further = content.get("further", {})
+    if not isinstance(further, dict):
+        raise ValueError("`further` must map names to matrices.")
+    matrices = {"matrix": content.get("matrix", []), "within.scores": within.get("scores", []), **further}
+    for name, rows in matrices.items():
         if not isinstance(rows, list) or not all(isinstance(row, list) and _all_are(row, _NUMBER) for row in rows):
             raise ValueError(f"`{name}` must be a list of rows of numbers or null.")
     for name in ("method", "monitor", "config", "created"):
@@ -205,6 +221,11 @@ def _check_types(content: Mapping[str, Any]) -> None:
     for name in ("train_seconds", "peak_memory_mib", "seed"):
         if not isinstance(content.get(name), _NUMBER):
             raise ValueError(f"`{name}` must be a number or null, got {content[name]!r}.")
+    if content.get("better", "higher") not in ("higher", "lower"):
+        raise ValueError(f"`better` must be 'higher' or 'lower', got {content['better']!r}.")
+    samples = content.get("samples", [])
+    if not isinstance(samples, list) or not all(isinstance(t, dict) and _all_are(t.values(), str) for t in samples):
+        raise ValueError("`samples` must be a list that maps prompts to text.")
     names, trained = content.get("task_names", []), content.get("trained") or []
     if not isinstance(trained, list) or not all(
         _all_are(row if isinstance(row, list) else [row], int) for row in trained

@@ -12,6 +12,14 @@ from lightning_cl.metrics import functional
 __all__ = ["summarise_matrix"]
 
 _WINDOWS = (10, 100)
+# in the unit of the score; all others are differences, which say better or worse
+_AVERAGES = {
+    "average_accuracy",
+    "average_incremental_accuracy",
+    "learning_accuracy",
+    "min_accuracy",
+    "worst_case_accuracy",
+}
 
 
 def summarise_matrix(
@@ -22,6 +30,7 @@ def summarise_matrix(
     joint: Tensor | None = None,
     curves: Tensor | None = None,
     task_of_evaluation: Tensor | None = None,
+    lower_is_better: bool = False,
 ) -> dict[str, float]:
     """Return the metrics of :mod:`lightning_cl.metrics.functional` that the scores at hand allow, by their names.
 
@@ -34,6 +43,8 @@ def summarise_matrix(
         joint: Scores [N] of a run on all tasks at once, for the intransigence.
         curves: Scores [E, N] of all evaluations during the stream, for the stability-gap family.
         task_of_evaluation: int64 [E], the row that was being learned at each.
+        lower_is_better: The scores are losses or perplexities. Forgetting is then their rise, and transfer is positive
+            where it helps, as ever; averages are in the unit of the score.
 
     Example:
         >>> import torch
@@ -41,6 +52,16 @@ def summarise_matrix(
         >>> {name: round(value, 2) for name, value in summary.items()}["forgetting"]
         0.4
     """
+    if lower_is_better:
+        summary = summarise_matrix(
+            -R,
+            trained,
+            baseline=None if baseline is None else -baseline,
+            joint=None if joint is None else -joint,
+            curves=None if curves is None else -curves,
+            task_of_evaluation=task_of_evaluation,
+        )
+        return {name: -value if name in _AVERAGES else value for name, value in summary.items()}
     measures: dict[str, Callable[[], Tensor]] = {
         "average_accuracy": lambda: functional.average_accuracy(R, trained=trained),
         "average_incremental_accuracy": lambda: functional.average_incremental_accuracy(R, trained=trained),

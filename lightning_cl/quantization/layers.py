@@ -102,10 +102,14 @@ def fill_layer(layer: Any, rows: Iterable[Tensor], device: torch.device) -> None
         rows: The weight in order, portions [n, in_features], n summing to out_features.
         device: Where the packed weight goes, and where it is computed.
     """
-    (_fill_int8 if is_int8(layer) else _fill_4bit)(layer, rows, device)
+    if is_int8(layer):
+        _fill_int8(layer, rows, device)
+    else:
+        set_packed_4bit(layer, *pack_4bit(layer, rows, device))
 
 
-def _fill_4bit(layer: Any, rows: Iterable[Tensor], device: torch.device) -> None:
+def pack_4bit(layer: Any, rows: Iterable[Tensor], device: torch.device) -> tuple[Tensor, Any]:
+    """Return the packed weight for an empty layer, and its quantization state; see :func:`fill_layer`."""
     bnb = bitsandbytes()
     empty = layer.weight
     packed = torch.empty(empty.shape, dtype=empty.dtype, device=device)
@@ -129,7 +133,7 @@ def _fill_4bit(layer: Any, rows: Iterable[Tensor], device: torch.device) -> None
             absmax - state.offset, blocksize=_BLOCK_OF_SCALES
         )
         state.nested = True
-    set_packed_4bit(layer, packed, state)
+    return packed, state
 
 
 def set_packed_4bit(layer: Any, packed: Tensor, state: Any) -> None:

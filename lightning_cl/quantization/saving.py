@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_cl.core.distributed import gather_on_rank_zero, rank
+from lightning_cl.core.imports import require
+from lightning_cl.core.state import reshard
 from lightning_cl.quantization.layers import int8_scales, is_int8, is_quantized
 from lightning_cl.quantization.names import places
 from lightning_cl.quantization.writer import CheckpointWriter, Planned
@@ -84,6 +86,7 @@ def quantized_state_dict(module: nn.Module) -> dict[str, Tensor]:
         On rank 0 the tensors by their names in a checkpoint, with the entries of bitsandbytes (``...weight.absmax``,
         ...); on other ranks an empty dict.
     """
+    reshard(module)
     state = {}
     for planned, make in _quantized_entries(module):
         value = make()
@@ -109,6 +112,7 @@ def save_quantized(module: nn.Module, folder: str | Path, *, shard_bytes: int = 
     model = hf_model(module)
     if not any(is_quantized(layer) for layer in model.modules()):
         raise ValueError("`save_quantized` got a model without quantized layers; `save_pretrained` writes such a one.")
+    reshard(module)
     write_entries(list(_quantized_entries(model)), Path(folder), shard_bytes)
     write_config(model, model.config, Path(folder))
 
@@ -130,8 +134,9 @@ def hf_model(module: nn.Module) -> Any:
     Raises:
         ValueError: If there is none.
     """
+    base = require("transformers", extra="llm").PreTrainedModel
     for child in module.modules():
-        if hasattr(child, "config") and hasattr(child, "_init_weights"):
+        if isinstance(child, base):
             return child
     raise ValueError(f"{type(module).__name__} holds no Hugging Face model, whose format this export has.")
 

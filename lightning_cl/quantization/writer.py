@@ -76,13 +76,13 @@ class CheckpointWriter:
     ) -> None:
         if self._file is not None:
             self._file.close()
-        if kind is None and self._waiting:
-            raise ValueError(f"{len(self._waiting)} tensors that were planned did not come.")
-        if kind is None:
+        if kind is None and not self._waiting:
             self._publish()
-        else:
-            for name in self._names:
-                self._partial(name).unlink(missing_ok=True)
+            return
+        for name in self._names:
+            self._partial(name).unlink(missing_ok=True)
+        if kind is None:
+            raise ValueError(f"{len(self._waiting)} tensors that were planned did not come.")
 
     def _open(self, shard: int) -> None:
         if self._file is not None:

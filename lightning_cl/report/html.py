@@ -14,7 +14,7 @@ from lightning_cl.core.imports import require
 from lightning_cl.metrics.record import RunRecord
 from lightning_cl.report import plots
 from lightning_cl.report.style import DARK, LIGHT, Theme, cell_colors, png
-from lightning_cl.report.table import COLUMNS, MethodRow, Statistic, best, summarise
+from lightning_cl.report.table import COLUMNS, MethodRow, Statistic, best, filled_columns, summarise
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,7 +50,7 @@ def write_report(records: Sequence[RunRecord], directory: str | Path) -> Path:
     overview, by_method = _figures(records, rows, limits)
     for image in (*overview, *(image for images in by_method for image in images)):
         (directory / image.file).write_bytes(image.light)
-    columns = [column for column in COLUMNS if any(row.values[column.key].n for row in rows)]
+    columns = filled_columns(rows)
     page = (
         Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
         .from_string(template)
@@ -65,6 +65,7 @@ def write_report(records: Sequence[RunRecord], directory: str | Path) -> Path:
             by_method=by_method,
             facts=_facts,
             colors=lambda score: cell_colors(score, limits),
+            prompts=_prompts,
         )
     )
     path = directory / "report.html"
@@ -108,7 +109,7 @@ def _figures(
     overview = [
         _draw(
             "average_accuracy.png",
-            f"Average accuracy after each task, a line for each method. At the end: {averages}.",
+            f"Average {plots.quantity(records[0])} after each task, a line for each method. At the end: {averages}.",
             lambda theme: plots.average_figure(records, limits, theme),
         )
     ]
@@ -128,7 +129,7 @@ def _figures(
         images = [
             _draw(
                 f"{stem}_matrix.png",
-                f"Accuracy matrix of {row.method} as a heat map. The numbers are in the tables below.",
+                f"Heat map: {plots.quantity(runs[0])} matrix of {row.method}. The numbers are in the tables below.",
                 lambda theme, runs=runs: plots.matrix_figure(runs, limits, theme),  # type: ignore[misc]
             )
         ]
@@ -157,8 +158,14 @@ def _facts(record: RunRecord) -> list[str]:
     for column in COLUMNS:
         statistic = Statistic.of([column.value(record)])
         if statistic.n and column.key in ("average_accuracy", "forgetting", "train_seconds"):
-            facts.append(f"{column.title.lower()} {statistic.text(column.digits)} {column.unit}".rstrip())
+            title = column.title if record.better == "higher" else column.title.replace("accuracy", record.monitor)
+            facts.append(f"{title.lower()} {statistic.text(column.digits)} {column.unit}".rstrip())
     return facts
+
+
+def _prompts(record: RunRecord) -> list[str]:
+    """Return the prompts that the module of a run continued."""
+    return list(dict.fromkeys(prompt for texts in record.samples for prompt in texts))
 
 
 def _data_uri(image: bytes) -> str:

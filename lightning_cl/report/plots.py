@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
 
-__all__ = ["average_figure", "forgetting_figure", "matrix_figure", "score_limits", "tasks_figure"]
+__all__ = ["average_figure", "forgetting_figure", "matrix_figure", "quantity", "score_limits", "tasks_figure"]
 
 MANY = 12  # more tasks than this are shown by position and colour, without names and numbers
 
@@ -68,7 +68,7 @@ def matrix_figure(runs: Sequence[RunRecord], limits: tuple[float, float], theme:
     figure, axes = new_figure(
         height=1.25 + rows * cell + (0.5 if flat else 0.0),
         width=max(tasks * cell + 2.1, 4.2),
-        title=f"{short(longest.method, 24)}: accuracy matrix{mean}",
+        title=f"{short(longest.method, 24)}: {'accuracy' if longest.better == 'higher' else 'score'} matrix{mean}",
         theme=theme,
     )
     mesh = axes.imshow(scores.numpy(), cmap="viridis", vmin=limits[0], vmax=limits[1], aspect="equal")
@@ -157,7 +157,7 @@ def average_figure(records: Sequence[RunRecord], limits: tuple[float, float], th
 
     A run with one row beside runs with several (the joint bound) is a level line.
     """
-    figure, axes = new_figure(height=3.5, title="Average accuracy over the tasks seen", theme=theme)
+    figure, axes = new_figure(height=3.5, title=f"Average {quantity(records[0])} over the tasks seen", theme=theme)
     longest = max(len(record.matrix) for record in records)
     labels: list[tuple[float, str, Color]] = []
     styles = method_styles(list(dict.fromkeys(record.method for record in records)), theme)
@@ -215,8 +215,14 @@ def forgetting_figure(rows: Sequence[MethodRow], monitor: str, theme: Theme = LI
     axes.set_yticks(range(len(shown)), [short(row.method, 20) for row in shown])
     axes.set_ylim(len(shown) - 0.5, -0.5)
     axes.grid(visible=False, axis="y")
-    axes.set_xlabel(f"Loss of {short(monitor, 24)} since its best, mean over tasks (lower is better)")
+    change = "Loss" if rows[0].better == "higher" else "Rise"
+    axes.set_xlabel(f"{change} of {short(monitor, 24)} since its best, mean over tasks (lower is better)")
     return figure
+
+
+def quantity(record: RunRecord) -> str:
+    """Name what the matrix of a run holds."""
+    return "accuracy" if record.better == "higher" else short(record.monitor, 20)
 
 
 def _score_label(record: RunRecord) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from lightning_cl.metrics.record import RunRecord
@@ -85,6 +85,16 @@ COLUMNS = (
     Column("train_seconds", "Training time", "wall-clock time of the run", "lower", digits=1, unit="s"),
     Column("peak_memory_mib", "Peak memory", "highest memory use of the run", "lower", digits=0, unit="MiB"),
 )
+_OF_LOSSES: dict[str, tuple[str, str, Literal["higher", "lower"]]] = {
+    "average_accuracy": ("Average", "mean score over all tasks at the end of the stream", "lower"),
+    "forgetting": ("Forgetting", "score of a task at the end minus its lowest before, mean over tasks", "lower"),
+    "backward_transfer": (
+        "Backward transfer",
+        "score just after learning minus score at the end, mean over tasks",
+        "higher",
+    ),
+    "learning_accuracy": ("After learning", "score of a task just after learning it, mean over tasks", "lower"),
+}
 _BOUNDS: dict[str, Literal["upper bound", "lower bound"]] = {"joint": "upper bound", "finetune": "lower bound"}
 
 
@@ -95,6 +105,7 @@ class MethodRow:
     method: str
     runs: int
     values: dict[str, Statistic]
+    better: Literal["higher", "lower"] = "higher"
 
     @property
     def bound(self) -> Literal["upper bound", "lower bound"] | None:
@@ -119,7 +130,11 @@ def summarise(records: Sequence[RunRecord]) -> list[MethodRow]:
         raise ValueError("no record to summarise.")
     first = records[0]
     for record in records:
-        if (record.monitor, len(record.task_names)) != (first.monitor, len(first.task_names)):
+        if (record.monitor, record.better, len(record.task_names)) != (
+            first.monitor,
+            first.better,
+            len(first.task_names),
+        ):
             raise ValueError(
                 f"{record.title} ({len(record.task_names)} tasks, {record.monitor!r}) cannot be compared with "
                 f"{first.title} ({len(first.task_names)} tasks, {first.monitor!r})."
@@ -134,8 +149,20 @@ def summarise(records: Sequence[RunRecord]) -> list[MethodRow]:
                 "setting of a method a name of its own."
             )
         values = {column.key: Statistic.of(column.value(run) for run in runs) for column in COLUMNS}
-        rows.append(MethodRow(method, len(runs), values))
+        rows.append(MethodRow(method, len(runs), values, first.better))
     return rows
+
+
+def filled_columns(rows: Sequence[MethodRow]) -> list[Column]:
+    """Return the columns that have a value in some row, in words that fit the kind of score."""
+    columns = [column for column in COLUMNS if any(row.values[column.key].n for row in rows)]
+    if rows[0].better == "higher":
+        return columns
+    # of a loss or a perplexity
+    return [
+        replace(column, title=words[0], meaning=words[1], better=words[2]) if words else column
+        for column, words in ((column, _OF_LOSSES.get(column.key)) for column in columns)
+    ]
 
 
 def best(rows: Sequence[MethodRow], column: Column) -> MethodRow | None:
@@ -149,7 +176,7 @@ def best(rows: Sequence[MethodRow], column: Column) -> MethodRow | None:
 
 def format_table(rows: Sequence[MethodRow]) -> str:
     """Lay the rows out as plain text, mean ± standard deviation; columns that are empty in all rows are left out."""
-    columns = [column for column in COLUMNS if any(row.values[column.key].n for row in rows)]
+    columns = filled_columns(rows)
     # Headings take two lines: the table stays narrow enough for a terminal.
     headings = [f"{column.title.lower()}{f' ({column.unit})' if column.unit else ''}" for column in columns]
     upper, lower = zip(("", "method"), ("", "runs"), *(_split(heading) for heading in headings), strict=True)

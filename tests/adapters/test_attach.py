@@ -47,6 +47,14 @@ def test_any_config_of_peft_serves_a_model_with_weights(config):
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in trainable)
 
 
+def test_prompts_have_the_compute_dtype():
+    """PEFT follows the base layer's dtype for factors in layers only."""
+    prompts = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 3}
+    adapted = add_adapters(quantize_base(tiny_llama()), prompts)
+    assert {p.dtype for p in adapted.parameters() if p.requires_grad} == {torch.bfloat16}
+    assert adapted(input_ids=torch.arange(8).view(1, 8)).logits.isfinite().all()
+
+
 def test_packed_layers_of_any_module_are_known_to_peft():
     """Not only in models of Hugging Face: PEFT would take the layer for a plain one."""
     model = quantize_base(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 2)), compute_dtype=torch.float32, skip=["1"])

@@ -9,13 +9,17 @@ from typing import Any
 import peft
 import pytest
 import torch
-from llamas import LORA, logits, perturb, shard, tiny_llama
-from ranks import Ranks
+from lightning.pytorch import Trainer
+from llamas import LORA, TOKENS, logits, perturb, save_llama, shard, tiny_llama
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM
 
 from lightning_cl.adapters import add_adapters, export_adapters, export_merged
-from lightning_cl.quantization import dequantize, quantize_base
+from lightning_cl.modules import CausalLM
+from lightning_cl.quantization import dequantize, load_quantized, quantize_base
+from lightning_cl.strategies import FSDP2Strategy
+from ranks import Ranks
 
 # PEFT 0.21 asks for it by the name that transformers 5.23 deprecates
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -140,6 +144,40 @@ def test_exports_from_shards(ranks, mode, config, tmp_path):
     assert relative(logits(merged), expected) < 1e-6
 
 
+def export_after_fit(folder: Path) -> torch.Tensor:
+    """Train a module that FSDP2 fills block by block, export from it, and return its logits."""
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    settings = {"quantization": {"mode": "nf4"}, "adapter": LORA, "dtype": "float32", "learning_rate": 1e-2}
+    module = CausalLM(str(folder / "base"), **settings)
+    trainer = Trainer(accelerator="cpu", devices=2, strategy=FSDP2Strategy(), max_steps=3, **quiet)
+    loader = DataLoader([{"input_ids": row, "labels": row} for row in TOKENS], batch_size=1)
+    trainer.fit(module, loader, loader)
+    export_adapters(module, folder / "adapters")
+    export_merged(module, folder / "merged")
+    with torch.no_grad():
+        return module.train()(input_ids=TOKENS)
+
+
+@pytest.mark.distributed
+def test_exports_after_a_fit_under_the_strategy(tmp_path):
+    """A 4-bit model that was streamed, sharded and trained by Lightning, in processes of their own."""
+    save_llama(tmp_path / "base")
+    group = Ranks(2)
+    expected, other = group.run(export_after_fit, tmp_path)
+    group.close()
+    assert torch.equal(expected, other)
+    fresh = load_quantized(tmp_path / "base", compute_dtype=torch.float32)
+    assert relative(logits(fresh), expected) > 0.01  # it was trained
+    loaded = peft.PeftModel.from_pretrained(fresh, tmp_path / "adapters")
+    assert torch.equal(logits(loaded), expected)
+    assert relative(logits(LlamaForCausalLM.from_pretrained(tmp_path / "merged")), expected) < 1e-6
+
+
 def test_what_cannot_be_merged_is_refused(tmp_path):
     """Other adapters, weights that are shared, adapters that are merged already; modules without adapters."""
     dora = add_adapters(tiny_llama(), {**LORA, "use_dora": True})
@@ -147,7 +185,8 @@ def test_what_cannot_be_merged_is_refused(tmp_path):
     for model in (dora, ia3):
         with pytest.raises(ValueError, match=r"merges plain LoRA.*`export_adapters`"):
             export_merged(model, tmp_path)
-    shared = add_adapters(tiny_llama(tie_word_embeddings=True), {**LORA, "target_modules": ["embed_tokens"]})
+    with pytest.warns(UserWarning, match="a tied layer is part of the adapter"):
+        shared = add_adapters(tiny_llama(tie_word_embeddings=True), {**LORA, "target_modules": ["embed_tokens"]})
     with pytest.raises(ValueError, match=r"embed_tokens.weight' is shared"):
         export_merged(shared, tmp_path)
     merged = adapted(None, torch.float32, LORA)

@@ -57,7 +57,7 @@ def by_hand(module: UserModule, samples: list[Any], fisher: str) -> Named:
     """The definition: the mean over samples of squared gradients, one backward pass at a time."""
     names, parameters = zip(*module.named_parameters(), strict=True)
     sums = [torch.zeros_like(parameter) for parameter in parameters]
-    generator, count = torch.Generator().manual_seed(derived_seed("fisher", 0)), 0
+    count = 0
 
     def add(loss: Tensor, weight: float = 1.0) -> None:
         gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
@@ -65,7 +65,8 @@ def by_hand(module: UserModule, samples: list[Any], fisher: str) -> Named:
             if gradient is not None:
                 total += weight * gradient**2
 
-    for sample in samples:
+    for number, sample in enumerate(samples):
+        generator = torch.Generator().manual_seed(derived_seed(derived_seed("fisher", 0), number))
         batch = default_collate([sample])
         supervised = (labels_of(batch) != -100).flatten()
         if fisher == "empirical" and module.automatic_optimization:
@@ -364,6 +365,11 @@ class ShardedTokens(Tokens):
                 fully_shard(layer, mesh=self.device_mesh["data_parallel"])
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor of shards."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def fisher_on_this_rank(root: Path, count: int, n_samples: int | None, sharded: bool) -> dict[str, list[float]]:
     """Measure without moving the weights."""
     # a linear layer over positions returns a view on the CPU, whoever calls it
@@ -375,7 +381,7 @@ def fisher_on_this_rank(root: Path, count: int, n_samples: int | None, sharded: 
     data = SampleList([sample for sample in Tokens.samples(20) if (sample["labels"] != -100).any()][:count])
     stream = TaskStreamDataModule(data, scenario=DataIncremental(n_tasks=1), batch_size=3)
     trainer(root, [ewc], strategy=strategy, devices=2, limit_val_batches=0).fit(module, datamodule=stream)
-    return {name: value.flatten().tolist() for name, value in ewc.state_dict()["fisher"].items()}
+    return {name: whole(value).flatten().tolist() for name, value in ewc.state_dict()["fisher"].items()}
 
 
 @pytest.fixture(scope="module")

@@ -58,7 +58,7 @@ def plain_loop() -> tuple[list[float], ...]:
 
 def measured(root: Path, module: LightningModule | None = None, **settings: Any) -> ContinualMetrics:
     """The metrics of a fit over a toy stream."""
-    options = {key: settings.pop(key) for key in ("baseline", "joint", "monitor") if key in settings}
+    options = {key: settings.pop(key) for key in ("baseline", "further", "joint", "mode", "monitor") if key in settings}
     metrics = ContinualMetrics(directory=root / "record", **options)
     fit_stream(root, [metrics], module=module, stream=toy_stream(**settings))
     return metrics
@@ -200,6 +200,32 @@ def test_intransigence_against_a_joint_run(tmp_path: Path) -> None:
     _, first, second = plain_loop()
     summary = measured(tmp_path, joint=[0.9, 0.8]).compute()
     assert summary["intransigence"] == pytest.approx((0.9 - first[0] + 0.8 - second[1]) / 2)
+
+
+def test_a_lower_score_may_be_the_better_one(tmp_path: Path) -> None:
+    """``mode="min"`` turns the differences round, and leaves matrix and averages in the unit of the score."""
+    high, low = (measured(tmp_path / mode, mode=mode, evaluate="all", baseline=True) for mode in ("max", "min"))
+    assert torch.equal(high.matrix, low.matrix)
+    more, less = high.compute(), low.compute()
+    for name in ("average_accuracy", "average_incremental_accuracy", "learning_accuracy"):
+        assert less[name] == more[name]
+    for name in ("backward_transfer", "forward_transfer"):
+        assert less[name] == pytest.approx(-more[name])
+    assert less["forgetting"] == pytest.approx(-more["forgetting"])
+    assert json.loads((tmp_path / "min" / "record" / "record.json").read_text())["better"] == "lower"
+
+
+def test_further_values_stand_beside_the_matrix(tmp_path: Path) -> None:
+    """After every task, in the record and in the state; one that nobody logs is refused like a score."""
+    metrics = measured(tmp_path, further=["val_acc"])
+    record = json.loads((tmp_path / "record" / "record.json").read_text())
+    assert record["further"] == {"val_acc": record["matrix"]}
+    fresh = ContinualMetrics(further=["val_acc"])
+    fresh.load_state_dict(metrics.state_dict())
+    assert fresh.state_dict() == metrics.state_dict()
+    assert fresh.state_dict()["further"]["val_acc"]["1"] == record["matrix"][1]
+    with pytest.raises(ValueError, match=r"further=\['val_f1'\]\)` found no such value"):
+        measured(tmp_path, further=["val_f1"])
 
 
 def test_a_joint_run_has_one_row(tmp_path: Path) -> None:

@@ -500,7 +500,7 @@ def test_transforms_refuse_what_they_cannot_read():
         ({"class_path": "DataIncremental", "init_args": {"n_tasks": 3}}, "n_tasks=3"),
         ({"class_path": "Permuted", "init_args": {"n_tasks": 3}}, "n_tasks=3"),
         ({"class_path": "Rotated", "init_args": {"degrees": [0, 20.5], "image_shape": [8, 8]}}, "image_shape=(8, 8)"),
-        ({"class_path": "Predefined"}, "Predefined()"),
+        ({"class_path": "Predefined", "init_args": {"names": ["a", "b"]}}, "names=['a', 'b']"),
         ({"class_path": "Blurry", "init_args": {"n_tasks": 2, "stochastic": True}}, "stochastic=True"),
         (
             {
@@ -513,7 +513,21 @@ def test_transforms_refuse_what_they_cannot_read():
             },
             "n_visits=5, exponent=0.5",
         ),
-        ({"class_path": "Online", "init_args": {"scenario": {"class_path": "Predefined"}}}, "scenario=Predefined()"),
+        (
+            {"class_path": "Rehearsed", "init_args": {"scenario": {"class_path": "Predefined"}, "weights": [1, 2.5]}},
+            "ratio=0.05, weights=[1.0, 2.5]",
+        ),
+        (
+            {
+                "class_path": "Rehearsed",
+                "init_args": {"scenario": {"class_path": "Predefined"}, "weights": [[0, 0], [1, 0]]},
+            },
+            "weights=[[0.0, 0.0], [1.0, 0.0]]",
+        ),
+        (
+            {"class_path": "Online", "init_args": {"scenario": {"class_path": "Predefined"}}},
+            "scenario=Predefined(names=None)",
+        ),
     ],
 )
 def test_scenarios_are_built_from_a_configuration(settings, expected):

@@ -121,7 +121,7 @@ def test_ignored_labels_and_padding_change_nothing():
         actual = empirical_fisher(tape, model(wide), wide_labels)
         torch.testing.assert_close(actual.sums, expected.sums)
         assert actual.count == expected.count == 5
-        nothing = sampled_fisher(tape, model(inputs), torch.Generator(), labels=torch.full_like(labels, -100))
+        nothing = sampled_fisher(tape, model(inputs), torch.rand(6, 8), labels=torch.full_like(labels, -100))
     assert nothing.count == 0
     assert all(not value.any() for value in nothing.sums.values())
 
@@ -131,12 +131,12 @@ def test_sampled_fisher_uses_one_label_per_position():
     model, inputs, labels = _language_model()
     with LayerTape(model, _names(model)) as tape:
         logits = model(inputs)
-        uniform = torch.rand(6, 8, 1, generator=torch.Generator().manual_seed(3)).double()
-        drawn = (logits.softmax(-1).cumsum(-1) <= uniform).sum(-1)
+        uniform = torch.rand(6, 8)
+        drawn = (logits.softmax(-1).cumsum(-1) <= uniform.unsqueeze(-1)).sum(-1)
         assert drawn.unique().tolist() == [0, 1, 2, 3]
         for given in (None, labels):
             expected = empirical_fisher(tape, model(inputs), drawn if given is None else drawn.where(given >= 0, -100))
-            actual = sampled_fisher(tape, model(inputs), torch.Generator().manual_seed(3), labels=given)
+            actual = sampled_fisher(tape, model(inputs), uniform, labels=given)
             torch.testing.assert_close(actual.sums, expected.sums)
             assert actual.count == expected.count
 
@@ -144,26 +144,20 @@ def test_sampled_fisher_uses_one_label_per_position():
 def test_sampled_fisher_has_the_exact_one_as_its_mean():
     """4000 draws of one label for each sample."""
     model, inputs, _ = _classifier()
-    generator = torch.Generator().manual_seed(0)
     with LayerTape(model, _names(model)) as tape:
         exact = exact_fisher(tape, model(inputs)).sums
-        drawn = sampled_fisher(tape, model(inputs.repeat(4000, 1)), generator).sums
+        drawn = sampled_fisher(tape, model(inputs.repeat(4000, 1)), torch.rand(28000)).sums
     for name, value in exact.items():
         torch.testing.assert_close(drawn[name] / 4000, value, rtol=0.1, atol=0.02 * value.max().item())
 
 
 def test_sampled_labels_avoid_classes_of_probability_zero():
     """At both ends of the uniform interval, of which rounding may reach the upper one."""
-
-    class Ends:
-        device = torch.device("cpu")
-
     model = nn.Linear(1, CLASSES)
-    for uniform in (0.0, 1.0):
-        with pytest.MonkeyPatch.context() as patch, LayerTape(model, ["bias"]) as tape:
-            patch.setattr(torch, "rand", lambda shape, value=uniform, **settings: torch.full(shape, value))
+    for number in (0.0, 1.0):
+        with LayerTape(model, ["bias"]) as tape:
             logits = model(torch.ones(50, 1)) + torch.tensor([-math.inf, 0.0, 0.0, -math.inf])
-            sums = sampled_fisher(tape, logits, Ends()).sums["bias"]
+            sums = sampled_fisher(tape, logits, torch.full((50,), number)).sums["bias"]
         assert sums[0] == sums[3] == 0
         assert sums[1] > 0
 
@@ -171,10 +165,9 @@ def test_sampled_labels_avoid_classes_of_probability_zero():
 @pytest.mark.parametrize("estimator", ["exact", "sampled", "empirical"])
 @pytest.mark.parametrize("size", [1, 3, 7])
 def test_batch_size_changes_nothing(estimator, size):
-    """The same sums in batches of any size, in the accumulators given; the labels drawn too."""
+    """The same sums in batches of any size, in the accumulators given."""
     model, inputs, labels = _classifier()
-    generator = torch.Generator().manual_seed(5)
-    reference = torch.Generator().manual_seed(5)
+    uniform = torch.rand(7)
 
     def estimate(tape, x, y, random, into):
         logits = model(x)
@@ -185,10 +178,10 @@ def test_batch_size_changes_nothing(estimator, size):
         return empirical_fisher(tape, logits, y, into=into)
 
     with LayerTape(model, _names(model)) as tape:
-        expected = estimate(tape, inputs, labels, reference, None)
+        expected = estimate(tape, inputs, labels, uniform, None)
         into = {name: torch.zeros_like(value) for name, value in expected.sums.items()}
-        batches = zip(inputs.split(size), labels.split(size), strict=True)
-        count = sum(estimate(tape, x, y, generator, into).count for x, y in batches)
+        batches = zip(inputs.split(size), labels.split(size), uniform.split(size), strict=True)
+        count = sum(estimate(tape, x, y, u, into).count for x, y, u in batches)
     torch.testing.assert_close(into, expected.sums)
     assert count == 7
 
@@ -220,7 +213,9 @@ def test_half_precision_logits_use_float32():
 
 
 def test_labels_must_fit():
-    """One label for each position."""
+    """One label, or one random number, for each position."""
     model, inputs, labels = _language_model()
+    with LayerTape(model, _names(model)) as tape, pytest.raises(ValueError, match=r"`uniform` of shape \(6,\)"):
+        sampled_fisher(tape, model(inputs), torch.rand(6))
     with LayerTape(model, _names(model)) as tape, pytest.raises(ValueError, match=r"\(6, 7\) do not fit.*\(6, 8, 4\)"):
         empirical_fisher(tape, model(inputs), labels[:, 1:])

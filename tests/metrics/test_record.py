@@ -34,7 +34,12 @@ def make_record(method: str = "ewc", seed: int = 0, **changes) -> RunRecord:
 
 def test_round_trip(tmp_path):
     """What is read equals what was written, all fields set and all optional fields left out."""
-    full = make_record(within=WITHIN)
+    full = make_record(
+        within=WITHIN,
+        better="lower",
+        further={"val_loss": [[0.1, math.nan, math.nan], [0.2, 0.3, math.nan], [0.4, 0.5, 0.6]]},
+        samples=[{"Once": " upon"}, {}, {"Once": " more"}],
+    )
     least = RunRecord(method="er", monitor="val_f1", task_names=["a"], matrix=[[0.25]])
     write_record(tmp_path / "deep" / "full", full)
     write_record(tmp_path / "least", least)
@@ -126,6 +131,12 @@ def test_recurring_rows_are_named_by_what_they_trained():
         ({"versions": []}, "`versions` must map names to text"),
         ({"within": []}, "`within` must map"),
         ({"within": {"step": [1], "task": [], "scores": []}}, "differ in length"),
+        ({"better": "best"}, "`better` must be 'higher' or 'lower', got 'best'"),
+        ({"further": []}, "`further` must map names to matrices"),
+        ({"further": {"val_loss": [[0.5]]}}, r"3 tasks, but `further\['val_loss'\]` has a row of 1 scores"),
+        ({"further": {"val_loss": [["0.5", 1, 1]]}}, "`val_loss` must be a list of rows of numbers"),
+        ({"samples": [{"Once": 1}]}, "`samples` must be a list that maps prompts to text"),
+        ({"samples": [{}] * 4}, "4 rows of `samples` for 3 of scores"),
         ({"surprise": 1}, "unexpected keyword argument 'surprise'"),
     ],
 )

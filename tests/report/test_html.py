@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 from html.parser import HTMLParser
 
 import pytest
@@ -154,6 +155,30 @@ def test_text_is_escaped(make_record, tmp_path):
     assert f"</pre>{evil}" in page.text
     assert page.tables[1][0][1:] == record.task_names
     assert [path.name for path in tmp_path.iterdir()] == ["report"]
+
+
+def test_perplexities_further_values_and_samples_are_shown(make_record, tmp_path):
+    """Lower is better, in words and in tables; texts of the model are shown as text, line breaks and tags included."""
+    record = make_record(
+        monitor="val_perplexity",
+        better="lower",
+        further={"val_acc": [[0.25, math.nan, math.nan], [0.5, 0.125, math.nan], [0.5, 0.5, 0.75]]},
+        samples=[{"<b>Once": "upon\n<script>"}, {}, {"<b>Once": "&amp; more"}],
+    )
+    text = write_report([record], tmp_path).read_text(encoding="utf-8")
+    page = Page(text)
+    assert "val_perplexity, lower is better" in page.text
+    assert "<script" not in text
+    assert "accuracy" not in page.text.replace("average_accuracy", "").lower()
+    further, samples = page.tables[2:]
+    assert [row[1:] for row in further[1:]] == [
+        ["0.250", "–", "–"],
+        ["0.500", "0.125", "–"],
+        ["0.500", "0.500", "0.750"],
+    ]
+    assert samples[1:] == [["digits 0-1", "upon\n<script>"], ["digits 4-5", "&amp; more"]]
+    assert "<b>Once" in page.text
+    assert not any("accuracy matrix" in alt.lower() for alt in page.values("alt", "img"))
 
 
 def test_one_run_of_one_task(make_record, tmp_path):

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from lightning_cl.report import Statistic, format_table, print_table, summarise
-from lightning_cl.report.table import COLUMNS, best
+from lightning_cl.report.table import COLUMNS, best, filled_columns
 
 
 def test_statistic_is_the_sample_standard_deviation():
@@ -75,6 +75,20 @@ def test_refuses_runs_that_cannot_be_compared(make_record):
         summarise([make_record(), make_record()])
     assert summarise([make_record(seed=None), make_record(seed=None)])[0].runs == 2
     assert summarise([make_record(), make_record(seed=1, task_names=["other", "class", "order"])])[0].runs == 2
+
+
+def test_of_a_perplexity_lower_is_better(make_record):
+    """The words change, the best is the lowest, and it cannot be compared with an accuracy."""
+    records = [make_record("ewc", better="lower"), make_record("er", keep=0.8, better="lower")]
+    rows = summarise(records)
+    average, forgetting = filled_columns(rows)[:2]
+    assert (average.title, average.better) == ("Average", "lower")
+    assert "its lowest" in forgetting.meaning
+    assert best(rows, average) is rows[0]
+    assert format_table(rows).splitlines()[1].split()[:2] == ["method", "runs"]
+    assert "accuracy" not in format_table(rows)
+    with pytest.raises(ValueError, match="cannot be compared"):
+        summarise([records[0], make_record("er")])
 
 
 def test_text_table(make_record, capsys):

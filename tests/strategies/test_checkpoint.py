@@ -415,6 +415,12 @@ def die_while_replacing(path: Path, old: str, new: str, number: int) -> None:
     killed_at(number, lambda: write_as(new, path, "newer"))
 
 
+def die_again(path: Path, kind: str) -> None:
+    """Write over what a killed write left, and die before the content is on the disk."""
+    start_alone()
+    killed_at(4, lambda: write_as(kind, path, "third"))
+
+
 def standing(path: Path) -> str:
     """Return which checkpoint stands at a path."""
     place = locate(path)
@@ -491,6 +497,9 @@ def test_a_write_killed_anywhere_leaves_a_whole_checkpoint(
         path = tmp_path / str(number) / "hpc_ckpt_1.ckpt"
         (code,) = exit_codes(die_while_replacing, path, old, new, number)
         found.append(groups[1].run(standing, path)[0])
+        if locate(path) != path:  # killed between two renames
+            assert exit_codes(die_again, path, new) == [-signal.SIGKILL]
+            assert groups[1].run(standing, path) == ["old"]
         if number % 5 == 0 or found[-1] != found[-2]:
             assert groups[1].run(write_once_more, path, new) == ["next"]
             assert [entry.name for entry in path.parent.iterdir()] == [path.name]

@@ -4,6 +4,7 @@ from lightning_cl.datamodules.scenarios.base import DataInfo, Scenario, TaskPlan
 from lightning_cl.datamodules.scenarios.blurry import Blurry
 from lightning_cl.datamodules.scenarios.classes import ClassIncremental, TaskIncremental
 from lightning_cl.datamodules.scenarios.partitions import DataIncremental, DomainIncremental, Predefined
+from lightning_cl.datamodules.scenarios.rehearsed import Rehearsed
 from lightning_cl.datamodules.scenarios.transforms import Permutation, Permuted, Rotated, Rotation
 from lightning_cl.datamodules.scenarios.wrappers import Joint, Online, Recurring
 
@@ -19,6 +20,7 @@ __all__ = [
     "Permuted",
     "Predefined",
     "Recurring",
+    "Rehearsed",
     "Rotated",
     "Rotation",
     "Scenario",

@@ -138,16 +138,28 @@ class DataIncremental(Scenario):
 class Predefined(Scenario):
     """The tasks are the datasets of the list given as ``train``, in its order; ``val`` and ``test`` are such lists too.
 
+    Args:
+        names: Names of the tasks, each once; ``"dataset 0"`` and so on if ``None``.
+
     Raises:
-        ValueError: When planning, if ``train`` was not a list or a dataset of it is empty; when evaluating, if the
-            list has another length.
+        ValueError: If a name is given twice; when planning, if ``train`` was not a list, a dataset of it is empty, or
+            the names are not as many; when evaluating, if the list has another length.
     """
+
+    def __init__(self, names: list[str] | None = None) -> None:
+        if names is not None and len(set(names)) < len(names):
+            raise ValueError(f"`names` must hold each name once, got {names}.")
+        self.names = names
 
     @override
     def plan(self, train: DataInfo, seed: int) -> list[TaskPlan]:
+        parts = _parts(train, "train")
+        names = [f"dataset {task}" for task in range(len(parts))] if self.names is None else self.names
+        if len(names) != len(parts):
+            raise ValueError(f"`names` lists {len(names)} tasks, but `train` lists {len(parts)} datasets.")
         return [
-            TaskPlan(f"dataset {task}", chosen, classes_of(None if train.labels is None else train.labels[chosen]))
-            for task, chosen in enumerate(_parts(train, "train"))
+            TaskPlan(name, chosen, classes_of(None if train.labels is None else train.labels[chosen]))
+            for name, chosen in zip(names, parts, strict=True)
         ]
 
     @override

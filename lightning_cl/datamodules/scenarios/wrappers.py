@@ -8,6 +8,7 @@ import numpy as np
 from typing_extensions import override
 
 from lightning_cl.datamodules.scenarios.base import DataInfo, IndexArray, Scenario, TaskPlan, classes_of, generator
+from lightning_cl.datamodules.scenarios.rehearsed import Rehearsed
 
 __all__ = ["Joint", "Online", "Recurring"]
 
@@ -83,7 +84,7 @@ class Recurring(Scenario):
             raise ValueError(f"`exponent` must be at least 0, got {exponent}.")
         if n_visits < 1:
             raise ValueError(f"`n_visits` must be at least 1, got {n_visits}.")
-        if isinstance(scenario, (Recurring, Joint)):
+        if isinstance(scenario, (Recurring, Rehearsed, Joint)):
             raise ValueError(
                 f"`Recurring` cannot repeat a `{type(scenario).__name__}` stream; wrap the one that makes the tasks."
             )
@@ -157,7 +158,8 @@ class Joint(Scenario):
     """
 
     def __init__(self, scenario: Scenario) -> None:
-        self.scenario = scenario
+        # all tasks at once leave nothing to rehearse, and no sample gives way to an old one
+        self.scenario = scenario.scenario if isinstance(scenario, Rehearsed) else scenario
         self.needs_labels = scenario.needs_labels
         self.domain_column = scenario.domain_column
 

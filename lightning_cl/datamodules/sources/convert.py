@@ -40,7 +40,8 @@ def as_dataset(data: Any, split: str | None = None, *, tensors: bool = True) -> 
     if isinstance(data, IterableDataset) or is_hf(data, "IterableDataset"):
         raise ValueError(
             f"`{type(data).__name__}` is an iterable dataset, which cannot be split into tasks, shuffled or resumed by"
-            " index. Pass a map-style dataset (with `__getitem__` and `__len__`), or read it into one first."
+            " index. Pass a map-style dataset (with `__getitem__` and `__len__`), or read it into one first; for texts"
+            " `PackedTextSource` does."
         )
     if is_hf(data):
         unformatted = tensors and data.format["type"] is None

@@ -11,9 +11,9 @@ from typing_extensions import override
 from lightning_cl.core.imports import require
 from lightning_cl.datamodules.sources.arrow import arrow_column, integer_labels, read_arrow_batch
 from lightning_cl.datamodules.sources.base import Source
-from lightning_cl.datamodules.sources.tokens import HashTokenizer, PretrainedTokenizer, make_tokenizer
+from lightning_cl.datamodules.sources.tokens import ByteTokenizer, HashTokenizer, PretrainedTokenizer, make_tokenizer
 
-__all__ = ["HFSource"]
+__all__ = ["HFSource", "load_hf"]
 
 _BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow"}
 
@@ -36,7 +36,8 @@ class HFSource(Source):
         domain: Column of the domains, for ``DomainIncremental``; it is not part of a sample.
         columns: Columns of a sample; all if ``None``.
         text: Column of texts to tokenize.
-        tokenizer: ``"hash"`` or a :class:`HashTokenizer`, or the name or path of a tokenizer of transformers.
+        tokenizer: ``"hash"`` or a :class:`HashTokenizer`, ``"bytes"``, or the name or path of a tokenizer of
+            transformers.
         max_length: Tokens per text, at least 1.
 
     Attributes:
@@ -65,7 +66,7 @@ class HFSource(Source):
     ) -> None:
         if max_length < 1:
             raise ValueError(f"`max_length` must be at least 1, got {max_length}.")
-        dataset = _load(path, split, config, revision)
+        dataset = load_hf(path, split, config, revision)
         missing = {label, domain, text, *(columns or ())} - {None, *dataset.column_names}
         if missing:
             raise ValueError(f"'{path}' has no columns {sorted(missing)}; it has {dataset.column_names}.")
@@ -99,7 +100,12 @@ class HFSource(Source):
         return read_arrow_batch(self.dataset, indices)
 
 
-def _load(path: str, split: str, config: str | None, revision: str | None) -> Any:
+def load_hf(path: str, split: str, config: str | None, revision: str | None) -> Any:
+    """Return a ``datasets.Dataset`` of the hub, of ``save_to_disk``, of a folder or of a local file.
+
+    Raises:
+        ValueError: If a split is missing, or the file has another format.
+    """
     datasets = require("datasets", extra="llm")
     local = Path(path)
     if local.is_dir() and any((local / name).is_file() for name in ("state.json", "dataset_dict.json")):
@@ -133,7 +139,11 @@ def _number_labels(dataset: Any, label: str, names: list[str] | None) -> Any:
 
 
 def _tokenize(
-    dataset: Any, text: str, label: str | None, encoder: HashTokenizer | PretrainedTokenizer, max_length: int
+    dataset: Any,
+    text: str,
+    label: str | None,
+    encoder: HashTokenizer | ByteTokenizer | PretrainedTokenizer,
+    max_length: int,
 ) -> Any:
     def encode(rows: dict[str, list[Any]]) -> dict[str, Any]:
         ids, mask = encoder.encode([str(value) for value in rows[text]], max_length)

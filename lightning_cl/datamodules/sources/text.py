@@ -36,8 +36,8 @@ class TextFileSource(TableSource):
         label_names: The label set, in its order.
         label_field: Key or keys of the rows that define the label set.
         label_path: File of the rows that define the label set, read like ``path``.
-        tokenizer: ``"hash"`` or a :class:`HashTokenizer` (no vocabulary, nothing to install), or the name or path of
-            a tokenizer of transformers (extra ``llm``).
+        tokenizer: ``"hash"`` or a :class:`HashTokenizer` (no vocabulary, nothing to install), ``"bytes"``, or the name
+            or path of a tokenizer of transformers (extra ``llm``).
         max_length: Tokens per text, at least 1; longer texts are cut, shorter ones padded.
         as_dict: Samples are ``{"input_ids", "attention_mask", "labels"}``.
 

@@ -1,16 +1,20 @@
-"""Text to token ids of fixed length."""
+"""Text to token ids: rows of fixed length, and whole documents."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from lightning_cl.core.imports import require
 
-__all__ = ["HashTokenizer", "PretrainedTokenizer", "make_tokenizer"]
+__all__ = ["ByteTokenizer", "HashTokenizer", "PretrainedTokenizer", "make_tokenizer"]
 
 # a run of letters and digits, or one mark of punctuation
 _WORDS = re.compile(r"\w+|[^\w\s]")
@@ -58,11 +62,69 @@ class HashTokenizer:
         return ids, (ids != 0).astype(np.int64)
 
 
+class ByteTokenizer:
+    """Numbers the UTF-8 bytes of a text: nothing to learn or ship, and no text that it cannot write and read back.
+
+    Byte ``b`` has the id ``b + 3``; 0 pads, 1 begins and 2 ends a text, as in the default config of Llama models. A
+    lone surrogate, which JSON files may hold and UTF-8 has no bytes for, takes the three bytes of its code point.
+
+    Attributes:
+        vocab_size: Number of ids, 259.
+        pad_id: Id of the padding.
+        bos_id: Id that may begin a text; not put in by this class.
+        eos_id: Id at the end of each document.
+
+    Example:
+        >>> tokenizer = ByteTokenizer()
+        >>> ids, lengths = tokenizer.encode_documents(["Hi", "é"])
+        >>> ids.tolist(), lengths.tolist(), tokenizer.decode(ids)
+        ([75, 108, 2, 198, 172, 2], [3, 3], 'Hié')
+    """
+
+    vocab_size = 259
+    pad_id = 0
+    bos_id = 1
+    eos_id = 2
+    identity = "bytes"
+
+    def encode(self, texts: list[str], max_length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return ids and mask (1 for a byte), int64 ``[len(texts), max_length]``; longer texts are cut at the end."""
+        ids = np.zeros((len(texts), max_length), dtype=np.int64)
+        for row, text in zip(ids, texts, strict=True):
+            content = _bytes_of(text)[:max_length]
+            row[: len(content)] = np.frombuffer(content, np.uint8)
+            row[: len(content)] += 3
+        return ids, (ids != 0).astype(np.int64)
+
+    def encode_documents(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ids of all texts one after the other, each with its end of text, and the length of each."""
+        contents = [_bytes_of(text) for text in texts]
+        lengths = np.asarray([len(content) + 1 for content in contents], dtype=np.int64)
+        ids = np.frombuffer(b"\0".join([*contents, b""]), np.uint8).astype(np.uint16) + np.uint16(3)
+        ids[np.cumsum(lengths) - 1] = self.eos_id
+        return ids, lengths
+
+    def decode(self, ids: Sequence[int] | np.ndarray | Tensor) -> str:
+        """Return the text of the bytes among ``ids``; where they are no UTF-8, as models may write, it has U+FFFD."""
+        numbers = np.asarray(ids, dtype=np.int64)
+        content = (numbers[(numbers >= 3) & (numbers < self.vocab_size)] - 3).astype(np.uint8).tobytes()
+        try:
+            return content.decode("utf-8", "surrogatepass")
+        except UnicodeDecodeError:
+            return content.decode("utf-8", "replace")
+
+
 class PretrainedTokenizer:
     """A tokenizer of transformers; where it has no padding token, the end-of-text token pads.
 
     Args:
         name: Name on the hub or local path.
+
+    Attributes:
+        tokenizer: The tokenizer itself.
+        vocab_size: Number of token ids, for the size of an embedding.
+        pad_id: Id of the padding, 0 if there is neither a padding nor an end-of-text token.
+        eos_id: Id of the end of a text; ``None`` if there is none.
     """
 
     def __init__(self, name: str) -> None:
@@ -70,16 +132,60 @@ class PretrainedTokenizer:
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         self.tokenizer = tokenizer
-        self.vocab_size = len(tokenizer)
+        # ids of added tokens may lie behind a gap
+        self.vocab_size = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
+        self.pad_id: int = tokenizer.pad_token_id or 0
+        self.eos_id: int | None = tokenizer.eos_token_id
+
+    @property
+    def identity(self) -> str:
+        """What tells this tokenizer from others: a hash of its whole content."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        content = {"vocabulary": self.tokenizer.get_vocab()} if backend is None else json.loads(backend.to_str())
+        # settings of the last call, not of the tokenizer
+        content = {key: value for key, value in content.items() if key not in ("truncation", "padding")}
+        named = [type(self.tokenizer).__name__, self.eos_id, content]
+        return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
 
     def encode(self, texts: list[str], max_length: int) -> tuple[np.ndarray, np.ndarray]:
         """Return ids and mask, int64 ``[len(texts), max_length]``; longer texts are cut by the tokenizer's own rule."""
         encoded = self.tokenizer(texts, padding="max_length", truncation=True, max_length=max_length)
         return np.asarray(encoded["input_ids"], np.int64), np.asarray(encoded["attention_mask"], np.int64)
 
+    def encode_documents(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ids of all texts one after the other, and the length of each.
 
-def make_tokenizer(tokenizer: HashTokenizer | str) -> HashTokenizer | PretrainedTokenizer:
-    """Return the tokenizer that a setting names: ``"hash"``, or a tokenizer of transformers."""
-    if isinstance(tokenizer, HashTokenizer):
+        A text has the special tokens that the tokenizer gives it (those of Llama put one at its beginning), and ends
+        with the end-of-text token. Lone surrogates, which no tokenizer of transformers takes, become U+FFFD.
+        """
+        try:
+            rows = self._ids(texts)
+        except TypeError:
+            rows = self._ids([_bytes_of(text).decode("utf-8", "replace") for text in texts])
+        end = self.eos_id
+        rows = [row if end is None or row[-1:] == [end] else [*row, end] for row in rows]
+        lengths = np.asarray([len(row) for row in rows], dtype=np.int64)
+        return np.concatenate([np.asarray(row, dtype=np.uint32) for row in rows]), lengths
+
+    def decode(self, ids: Sequence[int] | np.ndarray | Tensor) -> str:
+        """Return the text of ``ids`` without special tokens."""
+        return str(self.tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=True))
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        encoded = self.tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False)
+        return list(encoded["input_ids"])
+
+
+def make_tokenizer(
+    tokenizer: HashTokenizer | ByteTokenizer | str,
+) -> HashTokenizer | ByteTokenizer | PretrainedTokenizer:
+    """Return the tokenizer that a setting names: ``"hash"``, ``"bytes"``, or a tokenizer of transformers."""
+    if not isinstance(tokenizer, str):
         return tokenizer
-    return HashTokenizer() if tokenizer == "hash" else PretrainedTokenizer(tokenizer)
+    if tokenizer == "hash":
+        return HashTokenizer()
+    return ByteTokenizer() if tokenizer == "bytes" else PretrainedTokenizer(tokenizer)
+
+
+def _bytes_of(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
