@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -245,7 +246,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         def once(*given: Any, **named: Any) -> Any:
             # the function may call the real forward
             _set_forward(module, own)
-            return function(*given, **named)
+            with _without_own_hooks(module):
+                return function(*given, **named)
 
         _set_forward(module, once)
         self._in_forward = True
@@ -357,6 +359,29 @@ class FSDP2Strategy(ModelParallelStrategy):
     def teardown(self) -> None:
         PendingWrite.settle()
         super().teardown()
+
+
+@contextmanager
+def _without_own_hooks(root: nn.Module) -> Iterator[None]:
+    """Let a step call the root again, inside its forward, without a second gathering and freeing of what it holds."""
+    state = cast(FSDPModule, root)._get_fsdp_state()
+    kept = [
+        (hooks, number, hook)
+        for hooks in (root._forward_pre_hooks, root._forward_hooks)
+        for number, hook in hooks.items()
+        if getattr(hook, "__self__", None) is state
+    ]
+    for hooks, number, _ in kept:
+        hooks[number] = _idle
+    try:
+        yield
+    finally:
+        for hooks, number, hook in kept:
+            hooks[number] = hook
+
+
+def _idle(*_: Any) -> None:
+    """Take the place of a hook."""
 
 
 def _set_forward(module: nn.Module, forward: Any) -> None:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import copy
 import functools
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
+from traffic import Traffic
 
 from lightning_cl import EWC, FSDP2Strategy
 from ranks import Ranks
@@ -210,6 +212,45 @@ def test_one_rank_works_by_name(tmp_path: Path) -> None:
         assert 0 <= fit.validate(target, datamodule=toy_stream(), verbose=False)[0]["val_acc/dataloader_idx_0"] <= 1
     torch.testing.assert_close(full(module), full(plain), rtol=0, atol=1e-6)
     assert all(isinstance(p, DTensor) for p in module.parameters())
+
+
+def collectives_of_a_fit(root: Path, calls_itself: bool) -> list[Counter[Any]]:
+    """Train two steps; return what the ranks sent each other in each of them."""
+    module = Residual()
+    if not calls_itself:
+        module.training_step = Inside.training_step.__get__(module)  # type: ignore[method-assign]
+    seen: list[Counter[Any]] = []
+
+    class Watch(Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            self.traffic = Traffic()
+            self.traffic.__enter__()
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            self.traffic.__exit__(None, None, None)
+            seen.append(self.traffic.moved())
+
+    fit = trainer(root, [Watch()], strategy="fsdp2", devices=2, max_steps=2, use_distributed_sampler=False)
+    fit.fit(module, loader(4, of_this_rank=True), loader(4))
+    return seen
+
+
+class Inside(Residual):
+    """Calls its forward as a function, without the hooks of a module's call."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        inputs, labels = batch
+        return cross_entropy(self.forward(inputs) * self.temperature, labels)
+
+
+@pytest.mark.distributed
+def test_a_step_that_calls_the_module_gathers_nothing_twice(two_ranks: Ranks, tmp_path: Path) -> None:
+    """`self(inputs)` in a step enters the root's forward a second time: same collectives as without."""
+    nested, flat = (two_ranks.run(collectives_of_a_fit, tmp_path, calls)[0] for calls in (True, False))
+    assert nested == flat
+    # three blocks and the root, gathered and reduced
+    assert sum(count for one, count in flat[1].items() if one.kind == "reduce-scatter") == 4
+    assert sum(count for one, count in flat[1].items() if one.kind == "all-gather") == 2 * 3 + 1
 
 
 # ---------------------------------------------------------------------- what is refused
