@@ -18,6 +18,7 @@ from lightning_cl.core.checks import check_positive
 from lightning_cl.modules.pretrained import NetworkBuilder, Quantization
 from lightning_cl.modules.schedules import Schedule, task_scheduler
 from lightning_cl.strategies import FSDP2Strategy
+from lightning_cl.strategies.frozen import FrozenBase, leave_out_base, put_back_base
 
 __all__ = ["LanguageModel"]
 
@@ -110,13 +111,28 @@ class LanguageModel(LightningModule):
         if self.network is None:
             strategy = None if self._trainer is None else self.trainer.strategy
             device = torch.device("cpu") if strategy is None else strategy.root_device
-            self.network = self.builder.build(lazy=isinstance(strategy, FSDP2Strategy), device=device)
+            lazy = isinstance(strategy, FSDP2Strategy)
+            self.network = self.builder.build(lazy=lazy, device=device)
+            if not lazy:
+                # the base as a fresh module has it, before a checkpoint or a callback changes it
+                FrozenBase.of(self, None)
 
     def fill_weights(self, name: str, block: nn.Module, device: torch.device) -> None:
         """Give values to a block that stands on the meta device; a sharding strategy calls it."""
         if block is self:
             name, block = "", self.network
         self.builder.fill(name.removeprefix("network").removeprefix("."), block, device)
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # as `fsdp2` does it for any module
+        if not isinstance(self.trainer.strategy, FSDP2Strategy):
+            leave_out_base(checkpoint, self)
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if "state_dict" in checkpoint:
+            put_back_base(checkpoint, self, "The checkpoint")
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:

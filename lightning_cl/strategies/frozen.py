@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -10,8 +11,9 @@ from lightning_cl.core.state import local
 from lightning_cl.quantization.layers import quantized_layers, state_tensors
 from lightning_cl.strategies.fingerprint import check_fingerprint, fingerprint
 
-__all__ = ["FrozenBase"]
+__all__ = ["BASE", "FrozenBase", "check_base", "leave_out_base", "put_back_base"]
 
+BASE = "lightning_cl_base"
 _ATTRIBUTE = "_lightning_cl_base"
 
 
@@ -50,14 +52,44 @@ class FrozenBase:
         changed |= {name for name in now if any(other.startswith(f"{name}.") for other in changed)}
         return {name: checksum for name, checksum in now.items() if name not in changed}
 
-    def check(self, saved: dict[str, int], module: nn.Module, source: str) -> None:
-        """Refuse a checkpoint whose frozen weights were others; all ranks must call it.
 
-        Raises:
-            ValueError: If a weight that the checkpoint leaves out differs from the module's.
-        """
-        known = {name: value for name, value in _all_tensors(module).items() if name in saved}
-        check_fingerprint(saved, fingerprint(known), source)
+def check_base(checkpoint: Mapping[str, Any], module: nn.Module, source: str) -> dict[str, int]:
+    """Return the fingerprint of what a checkpoint leaves out, after a look at the module's; all ranks must call it.
+
+    Args:
+        checkpoint: What was loaded.
+        module: The module that it is for.
+        source: The checkpoint's name, for errors.
+
+    Raises:
+        ValueError: If a weight that the checkpoint leaves out differs from the module's.
+    """
+    saved: dict[str, int] = checkpoint.get(BASE, {})
+    known = {name: value for name, value in _all_tensors(module).items() if name in saved}
+    check_fingerprint(saved, fingerprint(known), source)
+    return saved
+
+
+def leave_out_base(checkpoint: dict[str, Any], module: nn.Module) -> None:
+    """Replace the frozen weights in a full checkpoint by their fingerprint; all ranks must call it."""
+    left_out = FrozenBase.of(module, None).unchanged(module)
+    state = checkpoint["state_dict"]
+    for name in list(state):
+        # the scales of a quantized weight stand under names below its own
+        if name in left_out or any(name.startswith(f"{weight}.") for weight in left_out):
+            del state[name]
+    checkpoint[BASE] = left_out
+
+
+def put_back_base(checkpoint: dict[str, Any], module: nn.Module, source: str) -> None:
+    """Put the module's own frozen weights where a full checkpoint leaves them out, for strict loading.
+
+    Raises:
+        ValueError: If they are not those that the checkpoint was trained on.
+    """
+    left_out = check_base(checkpoint, module, source)
+    state = checkpoint["state_dict"]
+    state.update({name: value for name, value in module.named_parameters() if name in left_out})
 
 
 def _frozen(module: nn.Module) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ from lightning_cl.core.state import reshard
 from lightning_cl.quantization import check_can_shard
 from lightning_cl.strategies.checkpoint import PendingWrite, read_rest, read_tensors, write_file, write_folder
 from lightning_cl.strategies.checks import check_optimizers, check_precision, check_shardable, check_sharded_whole
-from lightning_cl.strategies.frozen import FrozenBase
+from lightning_cl.strategies.frozen import BASE, FrozenBase, check_base
 from lightning_cl.strategies.sharding import WrapPolicy, find_blocks, is_sharded
 from lightning_cl.strategies.state import (
     full_model_state,
@@ -41,10 +41,9 @@ from lightning_cl.strategies.state import (
     numbered_optimizer_state,
     optimizer_state,
 )
+from lightning_cl.strategies.waiting import explain_lost_rank, limit_waiting
 
 __all__ = ["FSDP2Strategy"]
-
-_BASE = "lightning_cl_base"
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -164,6 +163,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             check_sharded_whole(self.model)
         else:
             self._shard()
+        limit_waiting(self._timeout or default_pg_timeout)
         self.model_to_device()
         self._base = FrozenBase.of(self.model, self.save_frozen)
         self.barrier()
@@ -311,7 +311,7 @@ class FSDP2Strategy(ModelParallelStrategy):
                 f"`storage_options={storage_options!r}` is for a `CheckpointIO`, which `fsdp2` does not use."
             )
         path = self.broadcast(filepath)
-        checkpoint[_BASE] = self._left_out
+        checkpoint[BASE] = self._left_out
         if not self.saves_shards:
             write_file(path, checkpoint)
             return
@@ -322,15 +322,14 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     @override
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
-        assert self.model is not None and self.lightning_module is not None and self._base is not None
+        assert self.model is not None and self.lightning_module is not None
         path = Path(self.broadcast(checkpoint_path))
         PendingWrite.settle()
         if path.is_file():
             checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
         else:
             checkpoint = read_rest(path, self.shard_mesh, weights_only=weights_only)
-        left_out: dict[str, int] = checkpoint.get(_BASE, {})
-        self._base.check(left_out, self.model, f"The checkpoint {str(path)!r}")
+        left_out = check_base(checkpoint, self.model, f"The checkpoint {str(path)!r}")
         strict = self.lightning_module.strict_loading
         # a checkpoint of weights alone is refused by Lightning, or by the task events
         optimizers = self.optimizers if "lr_schedulers" in checkpoint else []
@@ -354,6 +353,11 @@ class FSDP2Strategy(ModelParallelStrategy):
         # an older checkpoint counts until the newer one is on the disk
         PendingWrite.settle()
         super().remove_checkpoint(filepath)
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        super().on_exception(exception)
+        explain_lost_rank(exception, self.global_rank, self._timeout or default_pg_timeout)
 
     @override
     def teardown(self) -> None:
