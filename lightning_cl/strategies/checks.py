@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from lightning.pytorch.plugins.precision import HalfPrecision, Precision
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+
+from lightning_cl.quantization import quantized_layers
 
 __all__ = ["check_optimizers", "check_precision", "check_shardable", "check_sharded_whole"]
 
@@ -48,23 +51,28 @@ def check_shardable(module: nn.Module, blocks: Mapping[str, nn.Module]) -> None:
             )
 
 
-def check_precision(module: nn.Module, plugin: Precision) -> None:
+def check_precision(module: nn.Module, plugin: Precision, policy: MixedPrecisionPolicy) -> None:
     """Refuse a precision that casts packed bytes.
 
     Raises:
-        ValueError: For ``"bf16-true"`` and its like over quantized weights that are stored in another dtype.
+        ValueError: For ``"bf16-true"`` and its like, and for a dtype of FSDP2's own, over quantized weights that are
+            stored in another dtype.
     """
-    if not isinstance(plugin, HalfPrecision):
-        return
-    for name, parameter in module.named_parameters():
-        # the packed bytes of quantized weights may lie in tensors of a floating-point dtype
-        packed = hasattr(parameter, "quant_state") and parameter.is_floating_point()
-        if packed and parameter.dtype != plugin._desired_input_dtype:
-            raise ValueError(
-                f"`Trainer(precision={plugin.precision!r})` would cast {name!r}, whose {parameter.dtype} values are"
-                " packed 4-bit bytes. Use `precision='32-true'` or 'bf16-mixed': the quantized module has its compute"
-                " dtype already."
-            )
+    casts: list[tuple[str, torch.dtype]] = []
+    if isinstance(plugin, HalfPrecision):
+        casts.append((f"`Trainer(precision={plugin.precision!r})`", plugin._desired_input_dtype))
+    if policy.param_dtype is not None:
+        casts.append(("`FSDP2Strategy(mixed_precision=...)`", policy.param_dtype))
+    for setting, dtype in casts:
+        for name, layer in quantized_layers(module):
+            packed = layer.weight.dtype
+            # `Module.to(dtype)` leaves integers alone, FSDP2 casts them too
+            if packed != dtype and (packed.is_floating_point or not setting.startswith("`Trainer")):
+                raise ValueError(
+                    f"{setting} would cast '{name}.weight', whose {packed} values are packed 4-bit bytes, to {dtype}."
+                    " Use `Trainer(precision='32-true')` or 'bf16-mixed' and no `mixed_precision`: the quantized module"
+                    " has its compute dtype already."
+                )
 
 
 def check_sharded_whole(module: nn.Module) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -19,18 +18,18 @@ from torch import nn
 from torch.distributed._composable.checkpoint_activation import checkpoint
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_cl.core.checks import check_choice
 from lightning_cl.core.lazy import LazyWeights
-from lightning_cl.core.state import reshard
 from lightning_cl.quantization import check_can_shard
 from lightning_cl.strategies.checkpoint import PendingWrite, read_rest, read_tensors, write_file, write_folder
 from lightning_cl.strategies.checks import check_optimizers, check_precision, check_shardable, check_sharded_whole
 from lightning_cl.strategies.frozen import BASE, FrozenBase, check_base
+from lightning_cl.strategies.root import RootForward
 from lightning_cl.strategies.sharding import WrapPolicy, find_blocks, is_sharded
 from lightning_cl.strategies.state import (
     full_model_state,
@@ -127,7 +126,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         self._base: FrozenBase | None = None
         self._shard_mesh: DeviceMesh | None = None
         self._left_out: dict[str, int] = {}
-        self._in_forward = False
+        self._root = RootForward()
 
     # ------------------------------------------------------------------ set-up
 
@@ -157,7 +156,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     def setup(self, trainer: Trainer) -> None:
         assert self.model is not None and self.accelerator is not None
         self.accelerator.setup(trainer)
-        check_precision(self.model, self.precision_plugin)
+        check_precision(self.model, self.precision_plugin, self._precision_policy())
         self.model = self.precision_plugin.convert_module(self.model)
         if is_sharded(self.model):
             check_sharded_whole(self.model)
@@ -236,35 +235,18 @@ class FSDP2Strategy(ModelParallelStrategy):
         return {"num_replicas": self.world_size, "rank": self.global_rank}
 
     def run_in_forward(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call a function of the module's weights inside the root's forward, which gathers what no block holds."""
-        module = self.model
-        assert module is not None
-        if not isinstance(module, FSDPModule) or self._in_forward:
-            return function(*args, **kwargs)
-        own = module.__dict__.get("forward")
+        """Call a function of the module's weights inside the root's forward, which gathers what no block holds.
 
-        def once(*given: Any, **named: Any) -> Any:
-            # the function may call the real forward
-            _set_forward(module, own)
-            with _without_own_hooks(module):
-                return function(*given, **named)
-
-        _set_forward(module, once)
-        self._in_forward = True
-        try:
-            return module(*args, **kwargs)
-        finally:
-            self._in_forward = False
-            _set_forward(module, own)
-            if not torch.is_grad_enabled():
-                # no backward follows, after which units are freed and show their shards again
-                reshard(module)
+        Backward passes may start at any output of the module inside it, also several of them.
+        """
+        assert self.model is not None
+        return self._root.run(self.model, function, args, kwargs, once=False)
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        assert self.lightning_module is not None
+        assert self.lightning_module is not None and self.model is not None
         with self.precision_plugin.train_step_context():
-            return self.run_in_forward(self.lightning_module.training_step, *args, **kwargs)
+            return self._root.run(self.model, self.lightning_module.training_step, args, kwargs, once=True)
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -363,33 +345,3 @@ class FSDP2Strategy(ModelParallelStrategy):
     def teardown(self) -> None:
         PendingWrite.settle()
         super().teardown()
-
-
-@contextmanager
-def _without_own_hooks(root: nn.Module) -> Iterator[None]:
-    """Let a step call the root again, inside its forward, without a second gathering and freeing of what it holds."""
-    state = cast(FSDPModule, root)._get_fsdp_state()
-    kept = [
-        (hooks, number, hook)
-        for hooks in (root._forward_pre_hooks, root._forward_hooks)
-        for number, hook in hooks.items()
-        if getattr(hook, "__self__", None) is state
-    ]
-    for hooks, number, _ in kept:
-        hooks[number] = _idle
-    try:
-        yield
-    finally:
-        for hooks, number, hook in kept:
-            hooks[number] = hook
-
-
-def _idle(*_: Any) -> None:
-    """Take the place of a hook."""
-
-
-def _set_forward(module: nn.Module, forward: Any) -> None:
-    if forward is None:
-        module.__dict__.pop("forward", None)
-    else:
-        module.__dict__["forward"] = forward

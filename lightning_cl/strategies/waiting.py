@@ -13,7 +13,7 @@ __all__ = ["explain_lost_rank", "limit_waiting"]
 # what gloo and nccl say of a rank that is gone, hangs, or is behind a cut link
 _LOST = re.compile(
     r"Timed out waiting \d+ms|Application timeout|Connection (reset|closed) by peer|Broken pipe|Connection timed out"
-    r"|Watchdog caught collective operation timeout|NCCL (communicator was aborted|error)"
+    r"|Watchdog caught collective operation timeout|NCCL communicator was aborted|ncclRemoteError"
 )
 
 

@@ -20,7 +20,9 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 from traffic import Traffic
 
+from language import LLAMA, LORA, token_stream
 from lightning_cl import EWC, FSDP2Strategy
+from lightning_cl.modules import CausalLM
 from ranks import Ranks
 from toys import NUM_CLASSES, NUM_FEATURES, ToyModule, toy_data, toy_stream, trainer
 
@@ -327,6 +329,34 @@ def test_refused_before_training(module: Any, settings: dict[str, Any], message:
     """What FSDP2 would fail on in the first step, or train wrongly without a word."""
     with pytest.raises(ValueError, match=message):
         fit_once(tmp_path, module(), FSDP2Strategy(**settings))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "precision", "message"),
+    [
+        ({}, "16-true", r"precision='16-true'\)` would cast 'network.*weight', whose torch.bfloat16.*'bf16-mixed'"),
+        (
+            {"mixed_precision": MixedPrecisionPolicy(param_dtype=torch.float16)},
+            "32-true",
+            r"mixed_precision=.*torch.float16",
+        ),
+        ({"mixed_precision": "bfloat16"}, "32-true", None),
+        ({}, "bf16-true", None),
+    ],
+    ids=["trainer", "policy", "same dtype", "same dtype by the trainer"],
+)
+def test_casts_of_packed_bytes_are_refused(
+    strategy: dict[str, Any], precision: Any, message: str | None, tmp_path: Path
+) -> None:
+    """A cast of a 4-bit base would leave noise; to the dtype that it is stored in, nothing is cast."""
+    pytest.importorskip("bitsandbytes")
+    module = CausalLM({**LLAMA, "hidden_size": 64}, adapter=LORA, quantization={"mode": "nf4"}, dtype="bfloat16")
+    fit = trainer(tmp_path, strategy=FSDP2Strategy(**strategy), precision=precision)
+    if message is None:
+        fit.fit(module, datamodule=token_stream())
+        return
+    with pytest.raises(ValueError, match=message):
+        fit.fit(module, datamodule=token_stream())
 
 
 @pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`:UserWarning")
