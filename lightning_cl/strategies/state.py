@@ -64,10 +64,10 @@ def load_full_model_state(module: nn.Module, saved: Mapping[str, Any], *, strict
             " the module has not. Build the module of the run that wrote it, or set `strict_loading = False` on it."
         )
     with torch.no_grad():
-        for name in own.keys() & saved.keys():
-            target, value = own[name], saved[name]
-            if not isinstance(target, Tensor):
+        for name, target in own.items():
+            if name not in saved or not isinstance(target, Tensor):
                 continue
+            value = saved[name]
             if target.shape != value.shape:
                 raise ValueError(
                     f"The checkpoint has {name!r} of shape {tuple(value.shape)}, the module of {tuple(target.shape)}."
