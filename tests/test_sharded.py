@@ -18,7 +18,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
-from traffic import Traffic
 from typing_extensions import override
 
 import reference
@@ -27,6 +26,7 @@ from lightning_cl.core.task import Task
 from lightning_cl.datamodules import ClassIncremental, DataIncremental
 from ranks import Ranks
 from toys import NUM_CLASSES, NUM_FEATURES, ToyModule, toy_data, toy_stream, trainer
+from traffic import Traffic
 
 VOCABULARY = 48
 

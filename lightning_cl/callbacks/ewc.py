@@ -199,10 +199,15 @@ class EWC(ContinualCallback):
 
     @override
     def footprint(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Footprint:
-        shards = [local(p) for p in select_parameters(pl_module, self.include, self.exclude).values()]
-        kept = sum(shard.numel() * torch.promote_types(shard.dtype, torch.float32).itemsize for shard in shards)
-        # Fisher terms and anchors; at a task's end the new Fisher terms come on top
-        return Footprint(device=2 * kept, task_end=kept)
+        parameters = select_parameters(pl_module, self.include, self.exclude)
+
+        def consolidate() -> Any:
+            new = self.estimator.rehearse(pl_module, parameters, batch)
+            return new, {name: local(p.detach()).to(new[name].dtype, copy=True) for name, p in parameters.items()}
+
+        kept = sum(local(p).numel() * torch.promote_types(p.dtype, torch.float32).itemsize for p in parameters.values())
+        # Fisher terms and anchors
+        return Footprint(device=2 * kept, task_end=consolidate)
 
     # ------------------------------------------------------------------ checkpoints
 

@@ -18,6 +18,7 @@ from lightning_cl.core.capture import OutputCapture, forward_loss, run_step, und
 from lightning_cl.core.checks import check_choice
 from lightning_cl.core.distributed import max_over_ranks, sum_over_ranks_
 from lightning_cl.core.rng import derived_seed
+from lightning_cl.core.state import local
 from lightning_cl.core.task_data import IdentifiedData, task_batches
 from lightning_cl.functional.fisher import (
     IGNORE_INDEX,
@@ -137,6 +138,24 @@ class FisherEstimator:
         # sums of sharded parameters are over all ranks already
         whole = (value.to_local() if isinstance(value, DTensor) else sum_over_ranks_(value) for value in sums.values())
         return {name: value.div_(float(total)) for name, value in zip(sums, whole, strict=True)}
+
+    def rehearse(
+        self, pl_module: LightningModule, parameters: Mapping[str, Parameter], batch: Any
+    ) -> dict[str, Tensor]:
+        """Do with a batch of any values, or none, what :meth:`estimate` does with those of a task, for its memory.
+
+        Returns:
+            Sums in the placement of each parameter.
+        """
+        size = self.adapter.size(batch)
+        sums = accumulators(parameters, None)
+        with undisturbed(pl_module, seed=0), LayerTape(pl_module, list(parameters)) as tape:
+            loss = forward_loss(pl_module, batch) * size
+            if self.fisher == "batched":
+                batched_fisher(tape.params, loss, size, into=sums, unsharded=tape.unsharded)
+            else:
+                tape.squared_sums(loss, batch_size=size, into=sums)
+        return {name: local(value) for name, value in sums.items()}
 
     def _add_from_losses(
         self, tape: LayerTape, pl_module: LightningModule, batch: Any, sums: Mapping[str, Tensor]

@@ -291,13 +291,15 @@ class ExperienceReplay(ContinualCallback):
         columns, size = self.adapter.columns(batch), self.adapter.size(batch)
         share = -(-self.capacity // trainer.world_size)
         payload = 0 if self.storage == "index" else sum(_column_bytes(c) for c in columns.values()) * share // size
-        index = BYTES_PER_ENTRY * self.capacity
-        # in both modes the draw's forward lives until the backward
         rows = [row % size for row in range(min(self.batch_size or size, share))]
-        joined = self.adapter.join(batch, self.adapter.columns(self.adapter.select(batch, rows)))
-        if self.storage == "mmap":
-            return Footprint(host=index, disk=payload, batch=joined)
-        return Footprint(host=index + payload, batch=joined)
+
+        def with_drawn(incoming: Any) -> Any:
+            # in both modes the draw's forward lives until the backward
+            return self.adapter.join(incoming, self.adapter.columns(self.adapter.select(batch, rows)))
+
+        on_disk = payload if self.storage == "mmap" else 0
+        host = BYTES_PER_ENTRY * self.capacity + payload - on_disk
+        return Footprint(host=host, disk=on_disk, batch=with_drawn)
 
     # ------------------------------------------------------------------ checkpoints
 

@@ -5,18 +5,22 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
+from lightning_cl.cli.fakes import fake_ranks
 from lightning_cl.cli.lightning import TaskCLI, run
-from lightning_cl.cli.simulation import RankMemory, fake_ranks, simulate
+from lightning_cl.cli.simulation import RankMemory, simulate
 from lightning_cl.core.capture import move_batch
+from lightning_cl.strategies import FSDP2Strategy
 
 __all__ = ["parse_bytes", "plan", "print_plan"]
 
@@ -41,7 +45,8 @@ def plan(
 
     Returns:
         ``"ranks"``, ``"strategy"``; ``"device"``, ``"host"`` and ``"disk"``: bytes by part; ``"total"``: their sums;
-        ``"notes"``: what is not known; with ``card`` its bytes, and ``"fits"``.
+        ``"notes"``: what is not known. With ``card``: its bytes, ``"fits"`` (``None`` if that is not known), and
+        ``"ways"``: changes after which it would.
 
     Raises:
         ValueError: For a number or a size that is none, a config without model or data, and for what the run would be
@@ -49,33 +54,61 @@ def plan(
         FileNotFoundError: If there is no such config.
     """
     path = Path(config)
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no config {str(path)!r}.")
+    _check(path)
     for name, value in (("--devices", devices), ("--nodes", nodes)):
         if value is not None and value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}.")
     size = None if card is None else parse_bytes(card)
+    result = _plan(path, devices, nodes)
+    if size is None:
+        return result
+    needed = _needed(result)
+    # what is not known may be anything
+    fits = None if result["notes"] and needed <= size else needed <= size
+    return result | {"card": size, "fits": fits, "ways": [] if fits is not False else _ways(path, result, size)}
+
+
+def _plan(path: Path, devices: int | None, nodes: int | None, **changes: Any) -> dict[str, Any]:
+    """Return the plan of a config, with these settings of its strategy changed."""
     with _quiet():
-        cli = run(["fit", "--config", str(path)], _planner(devices, nodes))
+        cli = run(["fit", "--config", str(path)], _planner(devices, nodes, changes))
         memory = _measure(cli)
     trainer: Trainer = cli.trainer
     places = {"device": memory.device, "host": memory.host, "disk": memory.disk}
     if cli.on_cpu:  # type: ignore[attr-defined]
         places["host"] = places.pop("device") | places["host"]
-    total = {place: sum(parts.values()) for place, parts in places.items()}
-    result: dict[str, Any] = {
+    return {
         "ranks": trainer.world_size,
         "devices": trainer.num_devices,
         "nodes": trainer.num_nodes,
-        "strategy": getattr(trainer.strategy, "strategy_name", type(trainer.strategy).__name__),
+        "strategy": _name(trainer.strategy),
         **places,
-        "total": total,
+        "total": {place: sum(parts.values()) for place, parts in places.items()},
         "notes": memory.notes,
     }
-    if size is not None:
-        needed = total.get("device", total["host"])
-        result |= {"card": size, "fits": None if memory.notes and needed <= size else needed <= size}
-    return result
+
+
+def _name(strategy: Strategy) -> str:
+    if isinstance(strategy, FSDP2Strategy):
+        return "fsdp2"
+    return "ddp" if isinstance(strategy, DDPStrategy) else "one device"
+
+
+def _needed(result: dict[str, Any]) -> int:
+    needed: int = result["total"].get("device", result["total"]["host"])
+    return needed
+
+
+def _ways(path: Path, result: dict[str, Any], size: int) -> list[dict[str, Any]]:
+    """Return the changes after which a plan would fit, each made and planned."""
+    devices, nodes = result["devices"], result["nodes"]
+    if result["strategy"] != "fsdp2":
+        return []
+    tried = {
+        "activation_checkpointing: true": _plan(path, devices, nodes, activation_checkpointing=True),
+        f"--devices {2 * devices}": _plan(path, 2 * devices, nodes),
+    }
+    return [{"change": change, "needs": _needed(plan)} for change, plan in tried.items() if _needed(plan) <= size]
 
 
 def parse_bytes(text: str) -> int:
@@ -109,21 +142,23 @@ def print_plan(result: dict[str, Any]) -> None:
     rows.append(("total", *(_amount(result["total"][place]) for place in places)))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for name, *cells in rows:
-        print(name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)), sep="  ")
+        print("  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]))
     for note in result["notes"]:
         print(note)
     if "card" in result:
         print(_verdict(result))
+        for way in result["ways"]:
+            print(f"with `{way['change']}` it needs {_amount(way['needs'])}")
 
 
 def _verdict(result: dict[str, Any]) -> str:
-    needed, card = result["total"].get("device", result["total"]["host"]), result["card"]
-    size = _amount(card).strip()
+    needed, card = _needed(result), result["card"]
+    size = _amount(card)
     if needed > card:
-        return f"does not fit on {size}: {_amount(needed - card).strip()} too much"
+        return f"does not fit on {size}: {_amount(needed - card)} too much"
     if result["fits"] is None:
-        return f"not known whether it fits on {size}: what is known leaves {_amount(card - needed).strip()}"
-    left = f"fits on {size}: {_amount(card - needed).strip()} left ({(card - needed) / card:.0%})"
+        return f"not known whether it fits on {size}: what is known leaves {_amount(card - needed)}"
+    left = f"fits on {size}: {_amount(card - needed)} left ({(card - needed) / card:.0%})"
     if card - needed < _TIGHT * card:
         left += ", which is little for CUDA's own memory, buffers of NCCL and gaps between tensors"
     return left
@@ -140,7 +175,16 @@ def _amount(size: int) -> str:
 # ---------------------------------------------------------------------- from the config to the step
 
 
-def _planner(devices: int | None, nodes: int | None) -> type[TaskCLI]:
+def _check(path: Path) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no config {str(path)!r}.")
+    config = yaml.safe_load(path.read_text())
+    for key in ("model", "data"):
+        if not isinstance(config, dict) or not config.get(key):
+            raise ValueError(f"{str(path)!r} has no `{key}`: give the config of a run, as for `lightning-cl fit`.")
+
+
+def _planner(devices: int | None, nodes: int | None, changes: Mapping[str, Any]) -> type[TaskCLI]:
     """Return a command line that builds what ``fit`` would, for so many CPUs, and does not run it."""
 
     class Planner(TaskCLI):
@@ -148,17 +192,18 @@ def _planner(devices: int | None, nodes: int | None) -> type[TaskCLI]:
 
         @override
         def before_instantiate_classes(self) -> None:
-            config = self.config[self.subcommand]
-            for key in ("model", "data"):
-                if config.get(key) is None and (key == "model" or config.get("model") is None):
-                    raise ValueError(f"The config has no `{key}`: give the one of a run, as for `lightning-cl fit`.")
-            settings = config.trainer
+            settings = self.config[self.subcommand].trainer
             self.on_cpu = settings.accelerator == "cpu"
             settings.accelerator = "cpu"
             settings.devices = devices if devices is not None else _number(settings.devices)
             if nodes is not None:
                 settings.num_nodes = nodes
             settings.logger = settings.enable_progress_bar = settings.enable_model_summary = False
+
+        @override
+        def after_instantiate_classes(self) -> None:
+            for name, value in changes.items():
+                setattr(self.trainer.strategy, name, value)
 
         @override
         def _run_subcommand(self, subcommand: str) -> None:
@@ -216,4 +261,3 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-

@@ -80,13 +80,7 @@ class ContinualCallback(Callback):
         return None
 
     def footprint(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Footprint:
-        """Return what the callback will take on a rank, for ``lightning-cl plan``; nothing is trained for it.
-
-        Args:
-            trainer: Knows the number of ranks.
-            pl_module: Its parameters are shards of the right sizes, of tensors without values.
-            batch: A batch of a rank, as it comes from the loader and from the callbacks before this one.
-        """
+        """Return what the callback will take on a rank, from sharded parameters and a batch without values."""
         return Footprint()
 
 

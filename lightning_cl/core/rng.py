@@ -62,7 +62,10 @@ def isolated_rng(seed: int | None = None) -> Iterator[None]:
     if seed is not None:
         random.seed(seed)
         np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
+        # `torch.manual_seed` formats the stack for every kind of device, which takes longer than to read a batch
+        torch.default_generator.manual_seed(seed)
+        if torch.cuda.is_available():
+            torch.cuda.manual_seed_all(seed)
     try:
         yield
     finally:

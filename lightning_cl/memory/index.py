@@ -67,7 +67,7 @@ class SlotChange:
 class Index:
     """All entries of a buffer, in rows ``0 .. size - 1``. Row and group order carry no meaning.
 
-    About :data:`BYTES_PER_ENTRY` each. The payload of the entries that this rank owns lies in slots ``0 .. local_size - 1``.
+    About :data:`BYTES_PER_ENTRY` each. The payload of what this rank owns lies in slots ``0 .. local_size - 1``.
     """
 
     def __init__(self, capacity: int, rank: int) -> None:

@@ -84,7 +84,7 @@ class CausalLM(LanguageModel):
         return logits[:, soft_prompts:] if soft_prompts else logits
 
     def _loss(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the mean loss over the supervised tokens of a batch, their number, and how many are predicted."""
+        """Return the mean loss over the supervised tokens of a batch, the logits [N, V] and their targets [N]."""
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         labels = batch.get("labels")
         if labels is None:
@@ -95,7 +95,7 @@ class CausalLM(LanguageModel):
         tokens = (targets != _IGNORED).sum()
         # a mean over no token would be NaN, and so would the weights after it
         loss = cross_entropy(logits.float(), targets, ignore_index=_IGNORED, reduction="sum") / tokens.clamp(min=1)
-        return loss, tokens, (logits.detach().argmax(-1) == targets).sum()
+        return loss, logits, targets
 
     @override
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
@@ -104,7 +104,8 @@ class CausalLM(LanguageModel):
         return loss
 
     def _evaluate(self, batch: Mapping[str, Any], stage: str) -> None:
-        loss, tokens, right = self._loss(batch)
+        loss, logits, targets = self._loss(batch)
+        tokens, right = (targets != _IGNORED).sum(), (logits.argmax(-1) == targets).sum()
         metrics: Any = self.evaluated[stage]
         for name, value in (("loss", loss), ("perplexity", loss), ("acc", right / tokens)):
             metrics[name].update(value, tokens)

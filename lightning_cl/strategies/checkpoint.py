@@ -363,7 +363,7 @@ def _not_written(path: Path, errors: str) -> str:
     free = shutil.disk_usage(existing).free / 2**20
     return (
         f"The checkpoint {str(path)!r} could not be written: {errors}. A checkpoint that stood there before is"
-        f" untouched. {free:.0f} MiB are free there: make room, or choose another folder, and resume from it."
+        f" untouched: resume from it. {free:.0f} MiB are free in the folder."
     )
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import peft
 import pytest
 import torch
-from llamas import LORA, logits, tiny_llama
 from torch import nn
 
 from lightning_cl.adapters import add_adapters
 from lightning_cl.quantization import quantize_base
+from llamas import LORA, logits, tiny_llama
 
 
 @pytest.mark.parametrize("config", [LORA, peft.LoraConfig(r=4, target_modules="all-linear")], ids=["dict", "config"])

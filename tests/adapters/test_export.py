@@ -10,7 +10,6 @@ import peft
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from llamas import LORA, TOKENS, logits, perturb, save_llama, shard, tiny_llama
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM
@@ -19,6 +18,7 @@ from lightning_cl.adapters import add_adapters, export_adapters, export_merged
 from lightning_cl.modules import CausalLM
 from lightning_cl.quantization import dequantize, load_quantized, quantize_base
 from lightning_cl.strategies import FSDP2Strategy
+from llamas import LORA, TOKENS, logits, perturb, save_llama, shard, tiny_llama
 from ranks import Ranks
 
 # PEFT 0.21 asks for it by the name that transformers 5.23 deprecates

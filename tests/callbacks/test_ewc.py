@@ -14,13 +14,13 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchmetrics.classification import MulticlassAccuracy
-from users import Manual, Texts, UserModule, loader
 
 import reference
 from lightning_cl import EWC
 from lightning_cl.datamodules import ClassIncremental
 from lightning_cl.datamodules.samplers import TaskSampler
 from toys import NUM_CLASSES, ToyModule, fit_stream, toy_data, toy_loaders, toy_stream, trainer, weights
+from users import Manual, Texts, UserModule, loader
 
 STRENGTH = 3.0
 

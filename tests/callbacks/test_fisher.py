@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset, default_collate
-from users import Attention, Images, Manual, Regression, Texts, Tied, Tokens, UserModule, Weighted, loader
 
 from lightning_cl import EWC, TaskStreamDataModule
 from lightning_cl.core import BatchAdapter
@@ -24,6 +23,7 @@ from lightning_cl.core.rng import derived_seed
 from lightning_cl.datamodules import DataIncremental
 from ranks import Ranks
 from toys import trainer
+from users import Attention, Images, Manual, Regression, Texts, Tied, Tokens, UserModule, Weighted, loader
 
 Named = dict[str, Tensor]
 

@@ -16,7 +16,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 from torch.utils.data import DataLoader, Dataset, TensorDataset
-from users import Manual, Texts, Tokens, UserModule, loader
 
 from lightning_cl import ContinualCallback, ExperienceReplay, TaskStreamDataModule
 from lightning_cl.core import BatchAdapter, Task
@@ -25,6 +24,7 @@ from lightning_cl.datamodules.samplers import TaskSampler
 from lightning_cl.memory import ReplayBuffer
 from ranks import Ranks
 from toys import ToyModule, fit_stream, toy_data, toy_loaders, toy_stream, trainer, weights
+from users import Manual, Texts, Tokens, UserModule, loader
 
 INPUTS, LABELS = toy_data().tensors
 TASKS = [np.array([i for i in range(48) if i % 4 in pair]) for pair in ((0, 1), (2, 3))]

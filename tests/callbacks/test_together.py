@@ -13,10 +13,10 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import OneCycleLR, StepLR
-from users import UserModule
 
 from lightning_cl import EWC, ExperienceReplay
 from toys import ToyModule, fit_stream, toy_data, toy_stream
+from users import UserModule
 
 
 def both() -> list[Callback]:

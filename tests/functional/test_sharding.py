@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from traffic import Traffic
 
 from lightning_cl.functional import LayerTape, sharding, squared_sums_by_loop
 from lightning_cl.functional.sharding import ShardedSums, UnshardedWeights, check_layout, root_mean_squares
 from ranks import Ranks
+from traffic import Traffic
 
 
 @pytest.fixture(scope="module")

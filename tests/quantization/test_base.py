@@ -9,7 +9,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
-from llamas import LORA, TOKENS, logits, perturb, save_llama, shard, tiny_config, tiny_llama
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
@@ -25,6 +24,7 @@ from lightning_cl.quantization import (
     quantized_layers,
 )
 from lightning_cl.quantization.layers import empty_layer, fill_layer
+from llamas import LORA, TOKENS, logits, perturb, save_llama, shard, tiny_config, tiny_llama
 from ranks import Ranks
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from llamas import LORA, TOKENS, logits, save_llama, tiny_config, tiny_llama
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -29,6 +28,7 @@ from lightning_cl.quantization import (
 )
 from lightning_cl.quantization.loading import give_back_freed_memory
 from lightning_cl.quantization.names import checkpoint_name, places
+from llamas import LORA, TOKENS, logits, save_llama, tiny_config, tiny_llama
 from ranks import Ranks
 
 

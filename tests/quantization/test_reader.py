@@ -6,11 +6,11 @@ import json
 
 import pytest
 import torch
-from llamas import save_llama, tiny_llama
 from safetensors.torch import load_file, save_file
 
 from lightning_cl.quantization import CheckpointReader
 from lightning_cl.quantization.writer import CheckpointWriter, Planned
+from llamas import save_llama, tiny_llama
 
 
 def test_tensors_are_those_of_the_files(tmp_path):

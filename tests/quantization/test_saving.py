@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from llamas import LORA, logits, perturb, shard, tiny_llama
 from transformers import LlamaForCausalLM
 
 from lightning_cl.adapters import add_adapters
 from lightning_cl.quantization import quantize_base, quantized_state_dict, save_quantized
+from llamas import LORA, logits, perturb, shard, tiny_llama
 from ranks import Ranks
 
 

@@ -18,13 +18,13 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
-from traffic import Traffic
 
 from language import LLAMA, LORA, token_stream
 from lightning_cl import EWC, FSDP2Strategy
 from lightning_cl.modules import CausalLM
 from ranks import Ranks
 from toys import NUM_CLASSES, NUM_FEATURES, ToyModule, toy_data, toy_stream, trainer
+from traffic import Traffic
 
 
 class Block(nn.Module):

@@ -11,10 +11,12 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import main as torchrun
 
 JOB = Path(__file__).with_name("node_job.py")
 ADDRESSES = ("10.0.0.1", "10.0.0.2")  # no other machine is in reach of the namespaces
@@ -82,22 +84,20 @@ class Hosts:
         """Put the cable back."""
         ip("-n", self.names[1], "link", "set", CABLE, "up")
 
-    def launch(
-        self, root: Path, *arguments: str, max_restarts: int = 0, settings: str = "", command: bool = False
-    ) -> Launch:
+    def launch(self, root: Path, *arguments: str, max_restarts: int = 0) -> Launch:
         """Start torchrun on both hosts, with the job in a folder that both see.
+
+        It is torchrun's own function in a forked process, which in turn forks those of the job: they need not import
+        anything, which would take most of the time.
 
         Args:
             root: The folder.
             *arguments: For the job.
             max_restarts: How often torchrun starts the processes again.
-            settings: For torchrun's ``--rdzv-conf``.
-            command: Type ``torchrun`` at the prompt of the host. Otherwise a forked process runs the same function, and
-                forks the job's processes: they need not import anything, which takes most of the time.
         """
         root.mkdir(exist_ok=True)
         port = FIRST_PORT + len(self._launches)
-        self._launches.append(Launch(self.names, port, root, arguments, max_restarts, settings, command))
+        self._launches.append(Launch(self.names, port, root, arguments, max_restarts))
         return self._launches[-1]
 
     def close(self) -> None:
@@ -112,25 +112,19 @@ class Launch:
     """A torchrun on each host."""
 
     def __init__(
-        self,
-        names: Sequence[str],
-        port: int,
-        root: Path,
-        arguments: Sequence[str],
-        max_restarts: int,
-        settings: str,
-        command: bool,
+        self, names: Sequence[str], port: int, root: Path, arguments: Sequence[str], max_restarts: int
     ) -> None:
         self._root = root
         self._processes = []
-        for name, address in zip(names, ADDRESSES, strict=True):
-            line = ["--nnodes=2", "--nproc-per-node=1", f"--max-restarts={max_restarts}", f"--local-addr={address}"]
-            line += ["--rdzv-backend=c10d", f"--rdzv-endpoint={ADDRESSES[0]}:{port}", "--rdzv-id=test"]
-            line += [f"--rdzv-conf=is_host={int(address == ADDRESSES[0])}{',' * bool(settings)}{settings}"]
-            if not command:
-                line += ["--run-path", "--start-method=fork"]
-            line += [str(JOB), str(root), *arguments]
-            process = _fork.Process(target=_host, args=(name, line, self.log_file(len(self._processes)), command))
+        for host, (name, address) in enumerate(zip(names, ADDRESSES, strict=True)):
+            line = ["--nnodes=2", "--nproc-per-node=1", f"--local-addr={address}", f"--max-restarts={max_restarts}"]
+            if max_restarts:
+                line += ["--rdzv-backend=c10d", f"--rdzv-endpoint={ADDRESSES[0]}:{port}", "--rdzv-id=test"]
+                line += [f"--rdzv-conf=is_host={int(host == 0)}"]
+            else:
+                line += [f"--master-addr={ADDRESSES[0]}", f"--master-port={port}", f"--node-rank={host}"]
+            line += ["--run-path", "--start-method=fork", str(JOB), str(root), *arguments]
+            process = _fork.Process(target=_host, args=(name, line, self.log_file(host)))
             process.start()
             self._processes.append(process)
 
@@ -157,7 +151,7 @@ class Launch:
             process.join()
 
 
-def _host(name: str, line: list[str], log: Path, command: bool) -> None:
+def _host(name: str, line: list[str], log: Path) -> None:
     """Become a host's torchrun."""
     os.setpgid(0, 0)
     stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -168,13 +162,10 @@ def _host(name: str, line: list[str], log: Path, command: bool) -> None:
     os.environ.update(GLOO_SOCKET_IFNAME=CABLE, OMP_NUM_THREADS="1")
     # otherwise ranks that start again find each other's old addresses
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    if command:
-        os.execvp("ip", ["ip", "netns", "exec", name, "torchrun", *line])
     sys.stdout, sys.stderr = (os.fdopen(standard, "w", buffering=1, closefd=False) for standard in (1, 2))
+    warnings.resetwarnings()  # pytest's filters are not those of a user
     _enter(name)
-    from torch.distributed.run import main
-
-    main(line)
+    torchrun(line)
 
 
 def _enter(name: str) -> None:
