@@ -137,6 +137,7 @@ def host_state_restored() -> Iterator[None]:
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
+        gc.collect()
     rank_zero_only.rank = rank
     for number, handler in handlers.items():
         signal.signal(number, handler)

@@ -15,7 +15,14 @@ from lightning_cl.datamodules.scenarios import (
     Scenario,
     TaskIncremental,
 )
-from lightning_cl.datamodules.sources import ArraySource, DigitsSource, HFSource, PackedTextSource, TextFileSource
+from lightning_cl.datamodules.sources import (
+    ArraySource,
+    DigitsSource,
+    HFSource,
+    InstructionSource,
+    PackedTextSource,
+    TextFileSource,
+)
 from lightning_cl.datamodules.stream import TaskStreamDataModule
 
 __all__ = [
@@ -26,6 +33,7 @@ __all__ = [
     "DigitsSource",
     "DomainIncremental",
     "HFSource",
+    "InstructionSource",
     "Joint",
     "Online",
     "PackedTextSource",

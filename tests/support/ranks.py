@@ -5,6 +5,7 @@ Children are forked, so they start with everything imported, in milliseconds. A 
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -43,6 +44,9 @@ def torchrun_environment(rank: int, world_size: int, port: int) -> dict[str, str
 
 
 def _prepare(rank: int, world_size: int, port: int) -> None:
+    # a process group that the parent left to its garbage collector must not be deleted here: it would wait for threads
+    # that a fork does not copy
+    gc.freeze()
     torch.set_num_threads(1)
     if world_size > 1:
         os.environ.update(torchrun_environment(rank, world_size, port))

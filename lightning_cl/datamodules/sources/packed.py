@@ -6,22 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_cl.core.checks import check_positive
-from lightning_cl.datamodules.sources.base import MappedArray, Source
+from lightning_cl.datamodules.sources.base import MappedArray
+from lightning_cl.datamodules.sources.blocks import BlockSource
 from lightning_cl.datamodules.sources.documents import Documents, dataset_documents, file_documents, find_files
-from lightning_cl.datamodules.sources.token_cache import default_cache, token_folder
-from lightning_cl.datamodules.sources.tokens import HashTokenizer, make_tokenizer
+from lightning_cl.datamodules.sources.token_cache import token_folder
 
 __all__ = ["PackedTextSource"]
 
-_IGNORED_LABEL = -100
 
-
-class PackedTextSource(Source):
+class PackedTextSource(BlockSource):
     """Documents as token ids, cut into blocks of one size for causal language models.
 
     A sample is ``{"input_ids", "attention_mask", "labels"}``, int64 ``[block_size]``. Labels are the ids themselves,
@@ -100,28 +96,15 @@ class PackedTextSource(Source):
         revision: str | None = None,
         cache_dir: str | Path | None = None,
     ) -> None:
-        check_positive("block_size", block_size)
-        if block_size < 2:
-            raise ValueError(f"`block_size` must be at least 2, a token and the next one, got {block_size}.")
-        if max_tokens is not None:
-            check_positive("max_tokens", max_tokens)
-        if streaming and max_tokens is None:
-            raise ValueError("`streaming=True` reads a dataset that may have no end: give the budget `max_tokens`.")
+        super().__init__(block_size, tokenizer, max_tokens, streaming, cache_dir)
         documents = _documents(path, text, field, lines, streaming, split, config, revision)
-        encoder = make_tokenizer(tokenizer)
-        if isinstance(encoder, HashTokenizer):
-            raise ValueError("`tokenizer='hash'` cannot be turned back into text, so it serves no language model.")
+        encoder = self._make_encoder()
         if across_documents and encoder.eos_id is None:
             raise ValueError(
                 f"`across_documents=True` puts end-of-text tokens between documents, but `tokenizer={tokenizer!r}` has"
                 " none. Give it an `eos_token`, or leave `across_documents` out."
             )
-        self.block_size = block_size
-        self.vocab_size = encoder.vocab_size
-        self.pad_id = encoder.pad_id
-        self.folder = token_folder(
-            Path(cache_dir).expanduser() if cache_dir is not None else default_cache(), documents, encoder, max_tokens
-        )
+        self.folder = token_folder(self._cache, documents, encoder, max_tokens)
         self._tokens = MappedArray(self.folder / "tokens.npy")
         offsets = np.load(self.folder / "offsets.npy")
         self.num_documents = len(offsets) - 1
@@ -144,12 +127,6 @@ class PackedTextSource(Source):
         return int(self._first_block[-1])
 
     @override
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"index {index} of {len(self)} blocks")
-        return {key: column[0] for key, column in self.read_batch(np.asarray([index % len(self)])).items()}
-
-    @override
     def read_batch(self, indices: np.ndarray) -> dict[str, Tensor]:
         document = np.searchsorted(self._first_block, indices, side="right") - 1
         starts = self._offsets[document] + (indices - self._first_block[document]) * self.block_size
@@ -159,10 +136,7 @@ class PackedTextSource(Source):
         # slices of the file are copied faster than tokens picked one by one
         for row, start, length in zip(ids, starts.tolist(), lengths.tolist(), strict=True):
             row[:length] = tokens[start : start + length]
-        mask = np.arange(self.block_size) < lengths[:, None]
-        labels = np.where(mask, ids, _IGNORED_LABEL)
-        columns = {"input_ids": ids, "attention_mask": mask.astype(np.int64), "labels": labels}
-        return {key: torch.from_numpy(column) for key, column in columns.items()}
+        return self._columns(ids, lengths)
 
 
 def _documents(
@@ -174,20 +148,9 @@ def _documents(
     split: str,
     config: str | None,
     revision: str | None,
-) -> Documents:
-    """Return the documents of files or of a dataset; a setting that belongs to another kind of data is refused."""
-    files = find_files([path] if isinstance(path, str) else path) if isinstance(path, (str, list)) else []
-    of_files: dict[str, Any] = {"field": field, "lines": lines}
-    by_name: dict[str, Any] = {"streaming": streaming, "config": config, "split": split != "train"}
-    if files:
-        kind, unfit = "files", by_name | {"revision": revision}
-    elif isinstance(path, str):
-        kind, unfit = "a dataset by name", of_files
-    else:
-        kind, unfit = "a dataset", of_files | by_name
-    given = next((name for name, value in unfit.items() if value), None)
-    if given is not None:
-        raise ValueError(f"`{given}` does not go with a `path` that is {kind}; leave it out.")
+) -> Documents[str]:
+    of_hub = {"streaming": streaming, "config": config, "split": split != "train"}
+    files = find_files(path, {"field": field, "lines": lines}, of_hub, revision)
     if files:
         return file_documents(files, text, field, lines)
     return dataset_documents(path, text, split=split, config=config, revision=revision, streaming=streaming)

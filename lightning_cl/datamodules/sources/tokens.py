@@ -7,6 +7,7 @@ import json
 import re
 import zlib
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -104,6 +105,19 @@ class ByteTokenizer:
         ids[np.cumsum(lengths) - 1] = self.eos_id
         return ids, lengths
 
+    def encode_parts(self, texts: list[str], begin: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ids of parts of documents one after the other, and the length of each.
+
+        Args:
+            texts: The parts.
+            begin: Whether a part has the tokens that begin a document, bool ``[len(texts)]``; here there are none.
+            end: Whether a part ends with the end-of-text token, bool ``[len(texts)]``.
+        """
+        ids, lengths = self.encode_documents(texts)
+        kept = np.ones(len(ids), dtype=bool)
+        kept[np.cumsum(lengths) - 1] = end
+        return ids[kept], lengths - ~end
+
     def decode(self, ids: Sequence[int] | np.ndarray | Tensor) -> str:
         """Return the text of the bytes among ``ids``; where they are no UTF-8, as models may write, it has U+FFFD."""
         numbers = np.asarray(ids, dtype=np.int64)
@@ -158,22 +172,43 @@ class PretrainedTokenizer:
         A text has the special tokens that the tokenizer gives it (those of Llama put one at its beginning), and ends
         with the end-of-text token. Lone surrogates, which no tokenizer of transformers takes, become U+FFFD.
         """
-        try:
-            rows = self._ids(texts)
-        except TypeError:
-            rows = self._ids([_bytes_of(text).decode("utf-8", "replace") for text in texts])
+        rows = self._ids(texts)
         end = self.eos_id
         rows = [row if end is None or row[-1:] == [end] else [*row, end] for row in rows]
         lengths = np.asarray([len(row) for row in rows], dtype=np.int64)
         return np.concatenate([np.asarray(row, dtype=np.uint32) for row in rows]), lengths
 
+    def encode_parts(self, texts: list[str], begin: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ids of parts of documents one after the other, and the length of each.
+
+        Args:
+            texts: The parts.
+            begin: Whether a part has the special tokens that begin a document, bool ``[len(texts)]``.
+            end: Whether a part ends with the end-of-text token, bool ``[len(texts)]``.
+        """
+        rows = self._ids(texts, add_special_tokens=False)
+        first = self._beginning()
+        last = [] if self.eos_id is None else [self.eos_id]
+        rows = [[*first * b, *row, *last * e] for row, b, e in zip(rows, begin.tolist(), end.tolist(), strict=True)]
+        lengths = np.asarray([len(row) for row in rows], dtype=np.int64)
+        return np.fromiter(chain.from_iterable(rows), np.uint32, int(lengths.sum())), lengths
+
     def decode(self, ids: Sequence[int] | np.ndarray | Tensor) -> str:
         """Return the text of ``ids`` without special tokens."""
         return str(self.tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=True))
 
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        encoded = self.tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False)
-        return list(encoded["input_ids"])
+    def _beginning(self) -> list[int]:
+        """Return the special tokens in front of a text."""
+        (whole,), (bare,) = self._ids(["a"]), self._ids(["a"], add_special_tokens=False)
+        return next(whole[:n] for n in range(len(whole) + 1) if whole[n : n + len(bare)] == bare)
+
+    def _ids(self, texts: list[str], **settings: Any) -> list[list[int]]:
+        settings |= {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+        try:
+            return list(self.tokenizer(texts, **settings)["input_ids"])
+        except TypeError:
+            texts = [_bytes_of(text).decode("utf-8", "replace") for text in texts]
+            return list(self.tokenizer(texts, **settings)["input_ids"])
 
 
 def make_tokenizer(
