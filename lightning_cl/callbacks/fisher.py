@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
+from torch.nn.functional import cross_entropy, pad
 
 from lightning_cl.core.batches import BatchAdapter
 from lightning_cl.core.capture import OutputCapture, forward_loss, run_step, undisturbed
@@ -61,6 +62,8 @@ class FisherEstimator:
         self.n_samples = n_samples
         self.logits = logits
         self.by_sample: bool | None = None
+        # the scores of a position are for the label of the next one, as in causal language models
+        self._shifted = False
 
     def check(self, pl_module: LightningModule, parameters: Mapping[str, Parameter], batch: Any) -> None:
         """Try the estimator on a training batch, before the first step, and choose between batches and samples.
@@ -80,7 +83,8 @@ class FisherEstimator:
                 by_sample = False
             elif self._uses_logits(pl_module):
                 with OutputCapture(pl_module, self.logits) as capture:
-                    run_step(pl_module, part, self.adapter)
+                    loss = run_step(pl_module, part, self.adapter)
+                    self._shifted = _on_any_rank(self._predicts_next(capture.output, part, loss), pl_module)
                     scores = capture.output.flatten(1).logsumexp(1)
                     unsure = tape.uncovered(scores, batch_size=len(scores))
                     by_sample = _on_any_rank(bool(unsure), pl_module)
@@ -240,11 +244,25 @@ class FisherEstimator:
             return exact_fisher(tape, logits, into=into).count
         if self.fisher == "sampled":
             usable = labels if labels is not None and labels.shape == logits.shape[:-1] else None
+            if usable is not None and self._shifted:
+                usable = _of_next(usable)
             uniform = _uniform(seed, sample_ids, logits.shape[:-1])
             return sampled_fisher(tape, logits, uniform, labels=usable, into=into).count
         if labels is None:
             raise ValueError("`fisher='empirical'` needs labels in the batch; 'sampled' and 'exact' need none.")
         return empirical_fisher(tape, logits, labels, into=into).count
+
+    def _predicts_next(self, logits: Tensor, batch: Any, loss: Tensor | None) -> bool:
+        """Return whether the module's loss is that of labels shifted by one position, and not of the labels as is."""
+        labels = self.adapter.labels(batch)
+        if loss is None or labels is None or labels.ndim < 2 or labels.shape != logits.shape[:-1]:
+            return False
+        plain, shifted = (
+            cross_entropy(logits.flatten(0, -2).float(), target.flatten(), ignore_index=IGNORE_INDEX)
+            for target in (labels, _of_next(labels))
+        )
+        loss = loss.to(plain.dtype)
+        return bool(torch.isclose(loss, shifted, rtol=_TOLERANCE) & ~torch.isclose(loss, plain, rtol=1e-6))
 
     def _agrees(self, tape: LayerTape, pl_module: LightningModule, part: Any) -> bool:
         """Return whether squares taken from a batch equal those of the module's losses on its single samples."""
@@ -302,6 +320,10 @@ class FisherEstimator:
 def _on_any_rank(flag: bool, pl_module: LightningModule) -> bool:
     # ranks of a sharded model must run the same forwards
     return max_over_ranks(int(flag), pl_module.device) > 0
+
+
+def _of_next(labels: Tensor) -> Tensor:
+    return pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX)
 
 
 def _is_sharded(parameters: Mapping[str, Tensor]) -> bool:

@@ -182,17 +182,21 @@ class OutputCapture:
         return self.found
 
 
-def run_step(pl_module: LightningModule, batch: Any, adapter: BatchAdapter) -> None:
-    """Run the module on ``batch`` so that captures see it: its training step, or ``forward`` if it steps itself."""
+def run_step(pl_module: LightningModule, batch: Any, adapter: BatchAdapter) -> Tensor | None:
+    """Run the module on ``batch`` so that captures see it: its training step, or ``forward`` if it steps itself.
+
+    Returns:
+        The loss of the training step.
+    """
     if pl_module.automatic_optimization:
-        forward_loss(pl_module, batch)
-        return
+        return forward_loss(pl_module, batch)
     inputs = adapter.inputs(batch)
     with _default_dtype_of_training(pl_module):
         if isinstance(inputs, Mapping):
             pl_module(**inputs)
         else:
             pl_module(inputs)
+    return None
 
 
 @contextmanager

@@ -345,3 +345,29 @@ def test_models_that_are_not_there(tmp_path: Path) -> None:
         built(CausalLM(str(tmp_path)))
     with pytest.raises(ValueError, match="must be a folder, a hub name"):
         CausalLM(3)
+
+
+class AlreadyShifted(CausalLM):
+    """The same network on labels that stand at the position that predicts them."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        logits = self(input_ids=batch["input_ids"])
+        return cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
+
+
+def test_sampled_fisher_counts_the_positions_that_predict_a_label(tmp_path: Path) -> None:
+    """A prompt is masked: the position before the first supervised token counts, the last token's does not."""
+    rows = TokenRows(1, 6)
+    labels = rows.input_ids.clone()
+    labels[:, :3] = -100
+    shifted = torch.cat([labels[:, 1:], torch.full((6, 1), -100)], dim=1)
+    found = []
+    for kind, target in ((CausalLM, labels), (AlreadyShifted, shifted)):
+        samples = [{"input_ids": row, "labels": label} for row, label in zip(rows.input_ids, target, strict=True)]
+        stream = TaskStreamDataModule([ListData(samples)], scenario=Predefined(), batch_size=3)
+        ewc = EWC(1.0, fisher="sampled")
+        module = kind(dict(LLAMA), learning_rate=1e-9)
+        trainer(tmp_path, [ewc], limit_val_batches=0).fit(module, datamodule=stream)
+        found.append(ewc.state_dict()["fisher"])
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name], rtol=1e-4, atol=1e-10)
