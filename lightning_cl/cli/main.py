@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.set_defaults(run=_compare)
 
     plan = commands.add_parser("plan", help="say what a run takes in memory on each rank, and whether it fits")
-    plan.add_argument("config", help="a config for `lightning-cl fit`")
+    plan.add_argument("configs", nargs="+", help="configs for `lightning-cl fit`, the later ones on top of the earlier")
     plan.add_argument("--devices", type=int, help="ranks on each node, those of the config by default")
     plan.add_argument("--nodes", type=int, help="nodes, those of the config by default")
     plan.add_argument("--card", help="memory of a card, such as 80GiB")
@@ -102,7 +102,7 @@ def _compare(options: argparse.Namespace) -> None:
 def _plan(options: argparse.Namespace) -> None:
     from lightning_cl.cli.plan import plan, print_plan
 
-    result = plan(options.config, devices=options.devices, nodes=options.nodes, card=options.card)
+    result = plan(*options.configs, devices=options.devices, nodes=options.nodes, card=options.card)
     if options.json:
         print(json.dumps(result, indent=2))
     else:

@@ -30,15 +30,15 @@ _TIGHT = 0.1
 
 
 def plan(
-    config: str | Path, *, devices: int | None = None, nodes: int | None = None, card: str | None = None
+    *configs: str | Path, devices: int | None = None, nodes: int | None = None, card: str | None = None
 ) -> dict[str, Any]:
-    """Return the bytes that a run of ``config`` takes on the rank with most of them, without running it.
+    """Return the bytes that a run of ``configs`` takes on the rank with most of them, without running it.
 
     Module, data, callbacks and strategy are built as for ``lightning-cl fit``, on the CPU; then a training step of one
     rank runs on tensors without values. A language model is neither loaded nor filled.
 
     Args:
-        config: A config for ``lightning-cl fit``.
+        configs: Configs for ``lightning-cl fit``, the later ones on top of the earlier.
         devices: Ranks on each node; the config's ``trainer.devices`` if ``None``.
         nodes: Nodes; the config's ``trainer.num_nodes`` if ``None``.
         card: Memory of a card, such as ``"80GiB"``.
@@ -53,25 +53,25 @@ def plan(
             refused for.
         FileNotFoundError: If there is no such config.
     """
-    path = Path(config)
-    _check(path)
+    paths = [Path(config) for config in configs]
+    _check(paths)
     for name, value in (("--devices", devices), ("--nodes", nodes)):
         if value is not None and value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}.")
     size = None if card is None else parse_bytes(card)
-    result = _plan(path, devices, nodes)
+    result = _plan(paths, devices, nodes)
     if size is None:
         return result
     needed = _needed(result)
     # what is not known may be anything
     fits = None if result["notes"] and needed <= size else needed <= size
-    return result | {"card": size, "fits": fits, "ways": [] if fits is not False else _ways(path, result, size)}
+    return result | {"card": size, "fits": fits, "ways": [] if fits is not False else _ways(paths, result, size)}
 
 
-def _plan(path: Path, devices: int | None, nodes: int | None, **changes: Any) -> dict[str, Any]:
+def _plan(paths: list[Path], devices: int | None, nodes: int | None, **changes: Any) -> dict[str, Any]:
     """Return the plan of a config, with these settings of its strategy changed."""
     with _quiet():
-        cli = run(["fit", "--config", str(path)], _planner(devices, nodes, changes))
+        cli = run(["fit", *(f"--config={path}" for path in paths)], _planner(devices, nodes, changes))
         memory = _measure(cli)
     trainer: Trainer = cli.trainer
     places = {"device": memory.device, "host": memory.host, "disk": memory.disk}
@@ -99,14 +99,14 @@ def _needed(result: dict[str, Any]) -> int:
     return needed
 
 
-def _ways(path: Path, result: dict[str, Any], size: int) -> list[dict[str, Any]]:
+def _ways(paths: list[Path], result: dict[str, Any], size: int) -> list[dict[str, Any]]:
     """Return the changes after which a plan would fit, each made and planned."""
     devices, nodes = result["devices"], result["nodes"]
     if result["strategy"] != "fsdp2":
         return []
     tried = {
-        "activation_checkpointing: true": _plan(path, devices, nodes, activation_checkpointing=True),
-        f"--devices {2 * devices}": _plan(path, 2 * devices, nodes),
+        "activation_checkpointing: true": _plan(paths, devices, nodes, activation_checkpointing=True),
+        f"--devices {2 * devices}": _plan(paths, 2 * devices, nodes),
     }
     return [{"change": change, "needs": _needed(plan)} for change, plan in tried.items() if _needed(plan) <= size]
 
@@ -175,13 +175,17 @@ def _amount(size: int) -> str:
 # ---------------------------------------------------------------------- from the config to the step
 
 
-def _check(path: Path) -> None:
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no config {str(path)!r}.")
-    config = yaml.safe_load(path.read_text())
+def _check(paths: list[Path]) -> None:
+    given: dict[str, Any] = {}
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"There is no config {str(path)!r}.")
+        config = yaml.safe_load(path.read_text())
+        given |= config if isinstance(config, dict) else {}
     for key in ("model", "data"):
-        if not isinstance(config, dict) or not config.get(key):
-            raise ValueError(f"{str(path)!r} has no `{key}`: give the config of a run, as for `lightning-cl fit`.")
+        if not given.get(key):
+            named = " and ".join(repr(str(path)) for path in paths)
+            raise ValueError(f"{named} has no `{key}`: give the config of a run, as for `lightning-cl fit`.")
 
 
 def _planner(devices: int | None, nodes: int | None, changes: Mapping[str, Any]) -> type[TaskCLI]:

@@ -239,6 +239,15 @@ def test_plan_is_what_the_system_counts(settings: dict[str, Any], tmp_path: Path
     assert sum(planned.values()) == pytest.approx(min(totals), rel=0.1)
 
 
+def test_a_later_config_stands_on_top_of_an_earlier_one(tmp_path: Path) -> None:
+    """As in a fit: the first brings the run, the second changes a setting of it."""
+    whole = config(tmp_path / "run.yaml", callbacks=[])
+    (tmp_path / "more.yaml").write_text("trainer: {num_nodes: 2}")
+    assert plan(whole, tmp_path / "more.yaml", devices=1)["ranks"] == 2
+    with pytest.raises(ValueError, match=r"'.*more.yaml' has no `model`"):
+        plan(tmp_path / "more.yaml")
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("strategy", "ranks"),
