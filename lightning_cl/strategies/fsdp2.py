@@ -317,7 +317,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         optimizers = self.optimizers if "lr_schedulers" in checkpoint else []
         if path.is_file():
             load_full_model_state(self.model, checkpoint.pop("state_dict"), strict=strict, left_out=set(left_out))
-            for optimizer, saved in zip(optimizers, checkpoint.get("optimizer_states", ()), strict=True):
+            # an evaluation has no optimizers
+            for optimizer, saved in zip(optimizers, checkpoint.get("optimizer_states", ()), strict=bool(optimizers)):
                 load_full_optimizer_state(self.model, optimizer, saved)
             return checkpoint
         weights = {name: value for name, value in model_state(self.model).items() if name not in left_out}

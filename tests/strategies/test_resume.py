@@ -270,6 +270,20 @@ def test_checkpoint_of_weights_alone_is_refused_for_fit_and_serves_a_test(tmp_pa
     assert torch.equal(full(other), full(module))
 
 
+@pytest.mark.parametrize("whole", [False, True], ids=["folder", "file"])
+def test_an_evaluation_loads_a_full_checkpoint(whole: bool, tmp_path: Path) -> None:
+    """With the state of optimizers and callbacks in it, which an evaluation has no use for."""
+    module, other = ToyModule(), ToyModule(seed=8)
+    settings = {"save_distributed_checkpoint": not whole}
+    trainer(tmp_path, [EWC(5.0), saver(tmp_path)], strategy=FSDP2Strategy(**settings)).fit(
+        module, datamodule=toy_stream()
+    )
+    trainer(tmp_path, [EWC(5.0), saver(tmp_path)], strategy=FSDP2Strategy(**settings)).validate(
+        other, datamodule=toy_stream(), ckpt_path=tmp_path / "step=12.ckpt", verbose=False
+    )
+    assert torch.equal(full(other), full(module))
+
+
 def test_model_of_another_shape_is_refused(tmp_path: Path) -> None:
     """In both forms, with the name of the weight."""
     for settings in ({}, {"save_distributed_checkpoint": False}):
