@@ -103,6 +103,7 @@ class CausalLM(LanguageModel):
         self.log("train_loss", loss)
         return loss
 
+    @override
     def _evaluate(self, batch: Mapping[str, Any], stage: str) -> None:
         loss, logits, targets = self._loss(batch)
         tokens, right = (targets != _IGNORED).sum(), (logits.argmax(-1) == targets).sum()
@@ -110,14 +111,6 @@ class CausalLM(LanguageModel):
         for name, value in (("loss", loss), ("perplexity", loss), ("acc", right / tokens)):
             metrics[name].update(value, tokens)
             self.log(f"{stage}_{name}", metrics[name], prog_bar=name == "perplexity")
-
-    @override
-    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        self._evaluate(batch, "val")
-
-    @override
-    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        self._evaluate(batch, "test")
 
     @override
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, Literal
@@ -122,6 +123,18 @@ class LanguageModel(LightningModule):
         if block is self:
             name, block = "", self.network
         self.builder.fill(name.removeprefix("network").removeprefix("."), block, device)
+
+    @abstractmethod
+    def _evaluate(self, batch: Mapping[str, Any], stage: str) -> None:
+        """Log what is measured on a batch of ``"val"`` or ``"test"``."""
+
+    @override
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        self._evaluate(batch, "val")
+
+    @override
+    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        self._evaluate(batch, "test")
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -84,19 +84,12 @@ class SequenceClassifier(MaskedHead, LanguageModel):
         self.log("train_loss", loss)
         return loss
 
+    @override
     def _evaluate(self, batch: Mapping[str, Any], stage: str) -> None:
         loss, logits, labels = self._loss(batch)
         accuracy, size = (logits.argmax(-1) == labels).float().mean(), len(labels)
         self.log(f"{stage}_acc", accuracy, batch_size=size, sync_dist=True, prog_bar=stage == "val")
         self.log(f"{stage}_loss", loss, batch_size=size, sync_dist=True)
-
-    @override
-    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        self._evaluate(batch, "val")
-
-    @override
-    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        self._evaluate(batch, "test")
 
     @override
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
