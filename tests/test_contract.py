@@ -1,10 +1,9 @@
-"""What every method owes, one row for each method: a method without a row fails here."""
+"""What every method owes, one row for each method in `support/rows`: a method without a row fails here."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,50 +12,16 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-import reference
-from lightning_cl import EWC, ContinualCallback, ExperienceReplay, FSDP2Strategy
+from contract import Row, all_rows
+from lightning_cl import ContinualCallback, FSDP2Strategy
 from lightning_cl.cli.main import main
 from lightning_cl.cli.methods import method_classes
 from ranks import Ranks, exit_codes
-from toys import ToyModule, fit_stream, toy_loaders, toy_stream, trainer, weights
+from toys import SelfSharded, ToyModule, fit_stream, toy_loaders, toy_stream, trainer, weights
 
-
-@dataclass(frozen=True)
-class Row:
-    """A method, and the plain loop that ends where it must end.
-
-    Args:
-        method: The callback's class.
-        settings: Its arguments.
-        plain_loop: Called with ``batch_size`` and ``world_size``; returns the final weights.
-        tolerance: Largest difference of a weight; 0 for the same bits.
-    """
-
-    method: type[ContinualCallback]
-    settings: dict[str, Any]
-    plain_loop: Callable[..., Tensor]
-    tolerance: float = 1e-6
-
-    def make(self) -> ContinualCallback:
-        return self.method(**self.settings)
-
-
-ROWS = {
-    "ewc": Row(EWC, {"strength": 20.0}, functools.partial(reference.ewc, 20.0)),
-    "ewc-separate": Row(
-        EWC, {"strength": 20.0, "mode": "separate"}, functools.partial(reference.ewc, 20.0, separate=True)
-    ),
-    "er": Row(ExperienceReplay, {"capacity": 12}, functools.partial(reference.replay, 12), tolerance=0.0),
-    "er-separate": Row(
-        ExperienceReplay,
-        {"capacity": 12, "mode": "separate", "weight": 0.5},
-        functools.partial(reference.replay, 12, separate=0.5),
-        tolerance=1e-6,
-    ),
-}
+ROWS = all_rows()
 
 
 def saver(directory: Path, **settings: Any) -> ModelCheckpoint:
@@ -65,6 +30,8 @@ def saver(directory: Path, **settings: Any) -> ModelCheckpoint:
 
 
 every_method = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
+STATEFUL = {name: row for name, row in ROWS.items() if row.method.needs_state}
+every_stateful_method = pytest.mark.parametrize("row", STATEFUL.values(), ids=STATEFUL.keys())
 
 
 def test_every_method_has_a_row() -> None:
@@ -125,7 +92,7 @@ def test_resumes_to_the_same_bits(row: Row, step: int, tmp_path: Path) -> None:
     assert torch.equal(weights(resumed), straight)
 
 
-@every_method
+@every_stateful_method
 def test_missing_state_is_refused(row: Row, tmp_path: Path) -> None:
     """A checkpoint without the method's state would leave the model unprotected."""
     fit_stream(tmp_path, [saver(tmp_path)])
@@ -197,17 +164,6 @@ data:
 
 
 # ---------------------------------------------------------------------- two ranks
-
-
-class SelfSharded(ToyModule):
-    """The toy module as users of Lightning's own strategy write it."""
-
-    def configure_model(self) -> None:
-        if isinstance(self.model[0].weight, DTensor):
-            return
-        mesh = self.device_mesh["data_parallel"]
-        for layer in (self.model[0], self.model[3], self.model):
-            fully_shard(layer, mesh=mesh)
 
 
 @pytest.fixture(scope="module")

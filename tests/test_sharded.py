@@ -20,11 +20,11 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
 from typing_extensions import override
 
-import reference
 from lightning_cl import EWC, ContinualCallback, ExperienceReplay, FSDP2Strategy, TaskStreamDataModule
 from lightning_cl.core.task import Task
 from lightning_cl.datamodules import ClassIncremental, DataIncremental
 from ranks import Ranks
+from rows.ewc import ewc
 from toys import NUM_CLASSES, NUM_FEATURES, ToyModule, toy_data, toy_stream, trainer
 from traffic import Traffic
 
@@ -187,7 +187,7 @@ def fitted(
     parts = {"weights": {name: whole(p).detach() for name, p in module.named_parameters() if p.requires_grad}}
     for method in methods:
         if isinstance(method, EWC):
-            parts["fisher"] = {name: whole(value) for name, value in method.state_dict()["fisher"].items()}
+            parts["fisher"] = {name: whole(value) for name, value in method.state_dict()["importance"].items()}
             parts["by_sample"] = {"": torch.tensor(bool(method.estimator.by_sample))}
     return parts
 
@@ -344,7 +344,7 @@ def fit_with_validation(root: Path) -> Tensor:
 def test_a_validation_before_training_changes_nothing(two_ranks: Ranks, tmp_path: Path) -> None:
     """The weights to hold are the shards, also of a module that shards itself under Lightning's own strategy."""
     first, _ = two_ranks.run(fit_with_validation, tmp_path)
-    torch.testing.assert_close(first, reference.ewc(20.0, batch_size=4, world_size=2), rtol=0, atol=1e-6)
+    torch.testing.assert_close(first, ewc(20.0, batch_size=4, world_size=2), rtol=0, atol=1e-6)
 
 
 def fit_recomputed(root: Path) -> dict[str, dict[str, Tensor]]:

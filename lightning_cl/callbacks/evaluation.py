@@ -7,9 +7,11 @@ from typing import Any, ClassVar, Literal
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
+from lightning_cl.core.callback import ContinualCallback
 from lightning_cl.core.checks import check_positive
 from lightning_cl.core.evaluation import run_validation
-from lightning_cl.core.events import ContinualCallback, TaskEvents, TaskStream
+from lightning_cl.core.events import TaskEvents
+from lightning_cl.core.stream import TaskStream
 
 __all__ = ["ContinualEvaluation"]
 

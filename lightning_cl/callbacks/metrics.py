@@ -16,10 +16,12 @@ from lightning.pytorch.cli import SaveConfigCallback
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_cl.core.callback import ContinualCallback
 from lightning_cl.core.checks import check_choice
 from lightning_cl.core.evaluation import check_metrics_apart, run_validation
-from lightning_cl.core.events import ContinualCallback, TaskEvents, TaskStream
+from lightning_cl.core.events import TaskEvents
 from lightning_cl.core.generation import GeneratesSamples
+from lightning_cl.core.stream import TaskStream
 from lightning_cl.core.task import Task
 from lightning_cl.metrics.record import RunRecord, WithinTask, write_record
 from lightning_cl.metrics.summary import summarise_matrix

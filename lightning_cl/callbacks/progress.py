@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from typing_extensions import override
 
-from lightning_cl.core.events import TaskStream
+from lightning_cl.core.stream import TaskStream
 
 __all__ = ["TaskProgressBar"]
 

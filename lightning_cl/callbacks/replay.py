@@ -12,11 +12,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_cl.core.batches import BatchAdapter, Column
+from lightning_cl.core.callback import ContinualCallback
 from lightning_cl.core.capture import OutputCapture, forward_loss, move_batch, run_step, silenced, undisturbed
 from lightning_cl.core.card import MethodCard
 from lightning_cl.core.checks import check_automatic_optimization, check_choice, check_positive
 from lightning_cl.core.distributed import gather_rows
-from lightning_cl.core.events import ContinualCallback, TaskEvents
+from lightning_cl.core.events import TaskEvents
 from lightning_cl.core.footprint import Footprint
 from lightning_cl.core.rng import derived_seed
 from lightning_cl.core.shards import PerRank, of_all_ranks

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from importlib import import_module
 
+from lightning_cl.core.callback import ContinualCallback
 from lightning_cl.core.card import MethodCard
-from lightning_cl.core.events import ContinualCallback
 
 __all__ = ["method_classes", "print_methods"]
 

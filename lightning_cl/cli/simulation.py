@@ -20,8 +20,8 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from lightning_cl.cli.fakes import AllDistinct, build_module, faked, give_fakes, values_of_masks
+from lightning_cl.core.callback import ContinualCallback
 from lightning_cl.core.capture import forward_loss, silenced
-from lightning_cl.core.events import ContinualCallback
 from lightning_cl.core.footprint import Footprint
 from lightning_cl.core.live_bytes import LiveBytes
 from lightning_cl.core.state import local

@@ -1,20 +1,22 @@
 """Task events on top of Lightning's hooks.
 
-:class:`ContinualCallback` is a Lightning callback with four more hooks. :class:`TaskEvents` is the one hidden callback
-that calls them: it is put behind the user's callbacks (and before the checkpoints) by the first one that needs it.
+:class:`TaskEvents` is the one hidden callback that calls the hooks of every
+:class:`~lightning_cl.core.callback.ContinualCallback`: it is put behind the user's callbacks (and before the
+checkpoints) by the first one that needs it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_cl.core.callback import ContinualCallback
 from lightning_cl.core.checks import check_launcher, check_replicas
 from lightning_cl.core.distributed import rank
 from lightning_cl.core.evaluation import (
@@ -25,7 +27,6 @@ from lightning_cl.core.evaluation import (
     restore_steps,
     run_validation,
 )
-from lightning_cl.core.footprint import Footprint
 from lightning_cl.core.head import check_head
 from lightning_cl.core.progress import evaluation_follows, finished_epoch, leave_finished_batches_behind
 from lightning_cl.core.rng import derived_seed, isolated_rng, rng_state, set_rng_state
@@ -33,55 +34,11 @@ from lightning_cl.core.shards import PerRank, Uncopied, gathered, of_all_ranks
 from lightning_cl.core.step import StepPipeline
 from lightning_cl.core.stream import TaskStream
 from lightning_cl.core.task import Task
+from lightning_cl.core.update import UpdatePipeline
 
-__all__ = ["ContinualCallback", "TaskEvents", "TaskStream"]
+__all__ = ["TaskEvents"]
 
 _CHECKPOINT_KEY = "lightning_cl"
-
-
-class ContinualCallback(Callback):
-    """A Lightning callback that also hears of tasks and may act inside a training step.
-
-    Four hooks come on top of Lightning's own. Penalties on gradients need none of them: they belong in Lightning's
-    ``on_before_optimizer_step``, after unscaling and before clipping, once per optimizer step.
-
-    Two ways to run, one behaviour: over a task stream in one ``fit``, or over any other data with one ``fit`` per
-    task. In the second, what the callback learned lives on in the object, or in the checkpoint given as ``ckpt_path``.
-
-    Attributes:
-        boundaries: What the callback knows of task boundaries: ``"required"`` (refused on a stream that hides them),
-            ``"unused"``, or ``"evaluation"`` (told even on such a stream, because it only measures).
-        needs_state: Whether a checkpoint without this callback's state is an error on resume.
-        completed_tasks: Tasks that ended so far, over all fits.
-    """
-
-    boundaries: ClassVar[Literal["required", "unused", "evaluation"]] = "required"
-    needs_state: ClassVar[bool] = True
-    completed_tasks: int = 0
-
-    @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        TaskEvents.attach(trainer)
-
-    def on_task_start(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
-        """Called before the first batch of a task; not called again when a run resumes inside it."""
-
-    def on_task_end(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
-        """Called after the last optimizer step of a task and before the validation that follows it."""
-
-    def transform_batch(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> Any:
-        """Return the batch that the module's ``training_step`` gets; it is on the device already."""
-        return batch
-
-    def loss_term(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, outputs: Any
-    ) -> Tensor | None:
-        """Return a scalar to add to the loss of ``training_step``, or ``None``; under automatic optimization only."""
-        return None
-
-    def footprint(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Footprint:
-        """Return what the callback will take on a rank, from sharded parameters and a batch without values."""
-        return Footprint()
 
 
 class TaskEvents(Callback):
@@ -101,6 +58,7 @@ class TaskEvents(Callback):
         # while a task ends: the stateful callbacks that have heard of it
         self._heard_end: list[str] = []
         self._evaluated_at = -1
+        self._updates: UpdatePipeline | None = None
 
     @staticmethod
     def attach(trainer: Trainer) -> TaskEvents:
@@ -141,6 +99,9 @@ class TaskEvents(Callback):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         StepPipeline.detach(pl_module)
+        if self._updates is not None:
+            self._updates.detach()
+            self._updates = None
         restore_steps(pl_module)
 
     @override
@@ -151,6 +112,7 @@ class TaskEvents(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._trained = True
+        self._updates = UpdatePipeline(trainer, pl_module, _continual(trainer))
         if trainer.ckpt_path and not self._restored:
             self._refuse_checkpoint(trainer, [c for c in _continual(trainer) if c.needs_state])
         if not self._restored:
@@ -165,6 +127,11 @@ class TaskEvents(Callback):
         if self._restored and self._stream is not None:
             self._make_up(trainer, pl_module, self._stream)
         check_head(trainer, pl_module)
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if self._updates is not None:
+            self._updates.before(optimizer)
 
     # ------------------------------------------------------------------ events
 

@@ -75,6 +75,11 @@ class ParameterState(Mapping[str, Tensor]):
             # a later fit may have moved the module to another device
             self.set({name: value.to(parameters[name].device) for name, value in self._local.items()}, parameters)
 
+    def full(self, name: str) -> Tensor:
+        """Return a whole tensor; the ranks that share it must all call this."""
+        value, like = self._local[name], self._like[name]
+        return _placed(value, like).full_tensor() if isinstance(like, DTensor) else value
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return a tensor for each parameter: where it is sharded a DTensor over the tensor itself, else a CPU copy.
 
@@ -82,7 +87,12 @@ class ParameterState(Mapping[str, Tensor]):
         """
         if self._restored is not None:
             return dict(self._restored)
-        return {name: _placed(value, self._like[name]) for name, value in self._local.items()}
+        return {
+            name: _placed(value, like)
+            if isinstance(like := self._like[name], DTensor)
+            else value.detach().cpu().clone()
+            for name, value in self._local.items()
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take what :meth:`state_dict` returned; it is placed by :meth:`place`."""
@@ -125,10 +135,10 @@ def shard(value: Tensor, parameter: Tensor) -> Tensor:
 
 
 def sum_over_shards(terms: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> Tensor:
-    """Return the sum of scalars by name, each taken over the ranks that share the parameter of that name.
+    """Return the sum of values by name, each taken over the ranks that share the parameter of that name.
 
     Args:
-        terms: A scalar of this rank's shard for each name.
+        terms: A value of this rank's shard for each name: a scalar, or sums of several things of one shape.
         parameters: Parameters by name; all ranks must call this with the same ones.
     """
     whole: list[Tensor] = []
@@ -141,12 +151,10 @@ def sum_over_shards(terms: Mapping[str, Tensor], parameters: Mapping[str, Tensor
             whole.append(term)
     for (mesh, placements), parts in shared.items():
         kinds = [Partial() if placement.is_shard() else Replicate() for placement in placements]
-        whole.append(DTensor.from_local(torch.stack(parts).sum(), mesh, kinds).full_tensor())
-    return torch.stack(whole).sum()
+        whole.append(DTensor.from_local(torch.stack(parts).sum(0), mesh, kinds).full_tensor())
+    return torch.stack(whole).sum(0)
 
 
-def _placed(value: Tensor, parameter: Tensor) -> Tensor:
-    if isinstance(parameter, DTensor):
-        mesh, placements = parameter.device_mesh, parameter.placements
-        return DTensor.from_local(value, mesh, placements, shape=parameter.shape, stride=parameter.stride())
-    return value.detach().cpu().clone()
+def _placed(value: Tensor, parameter: DTensor) -> DTensor:
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return DTensor.from_local(value, mesh, placements, shape=parameter.shape, stride=parameter.stride())

@@ -1,14 +1,15 @@
 """The step pipeline: how callbacks act inside a ``training_step`` that they do not know.
 
 One small object per module replaces ``training_step`` by a function that runs, in the order of ``trainer.callbacks``,
-the batch transforms, then the user's own ``training_step``, unchanged, then the loss terms. It runs inside the
-strategy's forward, so DDP and FSDP synchronise as usual. It is attached only when a callback needs it.
+the batch transforms, then the user's own ``training_step``, unchanged and enclosed, then the loss terms. It runs inside
+the strategy's forward, so DDP and FSDP synchronise as usual. It is attached only when a callback needs it.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,9 +17,10 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_cl.core.batches import own_mapping
+from lightning_cl.core.hooks import overriding
 
 if TYPE_CHECKING:
-    from lightning_cl.core.events import ContinualCallback
+    from lightning_cl.core.callback import ContinualCallback
 
 __all__ = ["StepPipeline", "run_in_forward", "user_training_step"]
 
@@ -30,11 +32,12 @@ class StepPipeline:
 
     @staticmethod
     def attach(trainer: Trainer, pl_module: LightningModule, callbacks: Sequence[ContinualCallback]) -> None:
-        """Wrap ``pl_module.training_step`` if one of ``callbacks`` changes batches or adds to the loss."""
-        transforms = [c.transform_batch for c in callbacks if _overrides(c, "transform_batch")]
-        terms = [c.loss_term for c in callbacks if _overrides(c, "loss_term")]
+        """Wrap ``pl_module.training_step`` if one of ``callbacks`` acts in it."""
+        transforms = [c.transform_batch for c in overriding(callbacks, "transform_batch")]
+        enclosing = [c.around_step for c in overriding(callbacks, "around_step")]
+        terms = [c.loss_term for c in overriding(callbacks, "loss_term")]
         StepPipeline.detach(pl_module)
-        if not transforms and not terms:
+        if not transforms and not enclosing and not terms:
             return
         original: Callable[..., Any] = pl_module.training_step
 
@@ -45,7 +48,10 @@ class StepPipeline:
             batch_idx = trainer.fit_loop.batch_idx
             for transform in transforms:
                 batch = transform(trainer, pl_module, batch, batch_idx)
-            outputs = original(own_mapping(batch), *rest)
+            with ExitStack() as stack:
+                for enclose in enclosing:
+                    stack.enter_context(enclose(trainer, pl_module, batch, batch_idx))
+                outputs = original(own_mapping(batch), *rest)
             for term in terms:
                 extra = term(trainer, pl_module, batch, batch_idx, outputs)
                 if extra is not None:
@@ -81,12 +87,6 @@ def run_in_forward(pl_module: LightningModule, function: Callable[..., Any], *ar
     """Call a function of the module's weights as the strategy calls a step: sharded weights must be gathered for it."""
     redirected = getattr(pl_module.trainer.strategy, "run_in_forward", None)
     return function(*args) if redirected is None else redirected(function, *args)
-
-
-def _overrides(callback: ContinualCallback, hook: str) -> bool:
-    from lightning_cl.core.events import ContinualCallback
-
-    return getattr(type(callback), hook) is not getattr(ContinualCallback, hook)
 
 
 def _add_to_loss(outputs: Any, extra: Tensor, pl_module: LightningModule) -> Any:

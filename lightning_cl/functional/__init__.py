@@ -1,8 +1,9 @@
 """Pure tensor mathematics, one family of equations per file; nothing here knows Lightning."""
 
-from lightning_cl.functional.ewc import ewc_gradient_, ewc_penalty, merge_online_, merge_separate_
+from lightning_cl.functional.ewc import merge_online_, merge_separate_
 from lightning_cl.functional.fisher import FisherSums, batched_fisher, empirical_fisher, exact_fisher, sampled_fisher
 from lightning_cl.functional.per_sample import LayerTape
+from lightning_cl.functional.quadratic import quadratic_gradient_, quadratic_penalty
 from lightning_cl.functional.sample_loop import SampleLoop, SquaredGradients, squared_sums_by_loop
 from lightning_cl.functional.sharding import UnshardedWeights
 
@@ -14,11 +15,11 @@ __all__ = [
     "UnshardedWeights",
     "batched_fisher",
     "empirical_fisher",
-    "ewc_gradient_",
-    "ewc_penalty",
     "exact_fisher",
     "merge_online_",
     "merge_separate_",
+    "quadratic_gradient_",
+    "quadratic_penalty",
     "sampled_fisher",
     "squared_sums_by_loop",
 ]

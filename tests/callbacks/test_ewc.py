@@ -31,13 +31,13 @@ def kept_state(module: nn.Module, strength_of: float = 1.0) -> dict[str, Any]:
     parameters = dict(module.named_parameters())
     fisher = {name: strength_of * torch.rand(p.shape, generator=generator) for name, p in parameters.items()}
     anchors = {name: p.detach() + torch.randn(p.shape, generator=generator) for name, p in parameters.items()}
-    return {"fisher": fisher, "anchors": anchors, "constant": 0.0, "by_sample": None}
+    return {"importance": fisher, "anchors": anchors, "constant": 0.0, "by_sample": None}
 
 
 def in_loss(module: nn.Module, state: dict[str, Any], names: list[str] | None = None) -> Tensor:
     """The penalty as the paper writes it."""
     terms = [
-        (state["fisher"][name] * (p - state["anchors"][name]) ** 2).sum()
+        (state["importance"][name] * (p - state["anchors"][name]) ** 2).sum()
         for name, p in module.named_parameters()
         if names is None or name in names
     ]
@@ -151,9 +151,9 @@ def test_what_is_frozen_within_the_fit_stays(tmp_path: Path) -> None:
     ewc.load_state_dict(copy.deepcopy(state))
     trainer(tmp_path, [ewc], max_epochs=1).fit(module, data, data)
     assert torch.equal(module.model[0].weight, module.frozen_at)
-    fisher = ewc.state_dict()["fisher"]
-    assert torch.equal(fisher["model.0.weight"], state["fisher"]["model.0.weight"])
-    assert not torch.equal(fisher["model.3.weight"], state["fisher"]["model.3.weight"])
+    fisher = ewc.state_dict()["importance"]
+    assert torch.equal(fisher["model.0.weight"], state["importance"]["model.0.weight"])
+    assert not torch.equal(fisher["model.3.weight"], state["importance"]["model.3.weight"])
 
 
 def test_what_thaws_within_the_fit_is_named(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_online_decays_and_anchors_at_the_latest_weights(tmp_path: Path) -> None
     state = ewc.state_dict()
     expected = [0.25 * a + 0.5 * b + c for a, b, c in zip(*(fisher for _, fisher in ends), strict=True)]
     for (name, parameter), value in zip(module.named_parameters(), expected, strict=True):
-        torch.testing.assert_close(state["fisher"][name], value)
+        torch.testing.assert_close(state["importance"][name], value)
         assert torch.equal(state["anchors"][name], parameter)
     assert ewc.penalty() == 0
     with torch.no_grad():
@@ -214,9 +214,9 @@ def test_separate_keeps_one_quadratic_for_each_task(tmp_path: Path) -> None:
     gradients = torch.autograd.grad(total, list(module.parameters()))
     torch.testing.assert_close(ewc.penalty(), total.detach())
     for (name, parameter), gradient in zip(module.named_parameters(), gradients, strict=True):
-        folded = 2 * state["fisher"][name] * (parameter - state["anchors"][name])
+        folded = 2 * state["importance"][name] * (parameter - state["anchors"][name])
         torch.testing.assert_close(folded.detach(), gradient, rtol=1e-4, atol=1e-5)
-    assert len(state["fisher"]) == 4
+    assert len(state["importance"]) == 4
     restored = EWC(2.0, mode="separate")
     restored.load_state_dict(state)
     assert restored.state_dict()["constant"] == state["constant"] > 0
@@ -256,7 +256,7 @@ def test_full_decay_forgets_the_tasks_before(tmp_path: Path) -> None:
     ewc = EWC(2.0, decay=0.0)
     module, ends = three_fits(tmp_path, ewc)
     for (name, _), value in zip(module.named_parameters(), ends[-1][1], strict=True):
-        torch.testing.assert_close(ewc.state_dict()["fisher"][name], value)
+        torch.testing.assert_close(ewc.state_dict()["importance"][name], value)
 
 
 def test_penalty_is_zero_before_the_first_task_ends() -> None:
@@ -271,7 +271,7 @@ def test_include_and_exclude(tmp_path: Path) -> None:
     """Only what is selected is measured and held."""
     ewc = EWC(5.0, include=["model.0.*", "*.bias"], exclude=["model.0.bias"])
     held = fit_stream(tmp_path, [ewc])
-    assert ewc.state_dict()["fisher"].keys() == {"model.0.weight", "model.3.bias"}
+    assert ewc.state_dict()["importance"].keys() == {"model.0.weight", "model.3.bias"}
     assert not torch.equal(held, fit_stream(tmp_path, [EWC(5.0)]))
     assert not torch.equal(held, fit_stream(tmp_path))
 
@@ -336,7 +336,7 @@ def test_resume_with_other_parameters_is_refused(tmp_path: Path) -> None:
             self.extra = nn.Linear(2, 2)
 
     fit_stream(tmp_path, [ewc := EWC(1.0)])
-    with pytest.raises(ValueError, match=r"Fisher information of `EWC` has no entry for \['extra.bias'"):
+    with pytest.raises(ValueError, match=r"importance of `EWC` has no entry for \['extra.bias'"):
         fit_stream(tmp_path, [ewc], module=Grown())
 
 
@@ -440,7 +440,7 @@ def test_weights_in_half_precision(tmp_path: Path) -> None:
     fit_stream(tmp_path, [], module=free, precision="bf16-true")
     assert weights(held).dtype == torch.bfloat16
     state = ewc.state_dict()
-    assert {value.dtype for part in ("fisher", "anchors") for value in state[part].values()} == {torch.float32}
+    assert {value.dtype for part in ("importance", "anchors") for value in state[part].values()} == {torch.float32}
     assert (weights(held) - weights(free)).abs().max() > 0.05
 
 
@@ -450,8 +450,8 @@ def test_saved_state_is_whole_and_plain(tmp_path: Path) -> None:
     fit = trainer(tmp_path, [ewc], max_epochs=1)
     fit.fit(module, loader(Texts), loader(Texts))
     state = ewc.state_dict()
-    assert state.keys() == {"fisher", "anchors", "constant", "by_sample"}
-    for part in ("fisher", "anchors"):
+    assert state.keys() == {"importance", "anchors", "constant", "by_sample"}
+    for part in ("importance", "anchors"):
         assert {name: value.shape for name, value in state[part].items()} == {
             name: p.shape for name, p in module.named_parameters()
         }

@@ -125,7 +125,7 @@ def test_equals_a_loop_over_samples(kind: type[UserModule], fisher: Any, by_samp
     """Through a fit, whatever the layers; `by_sample` says which modules are out of reach of whole batches."""
     module = kind()
     ewc = measured(tmp_path, module, fisher=fisher)
-    assert_same(ewc.state_dict()["fisher"], by_hand(module, kind.samples(11), fisher))
+    assert_same(ewc.state_dict()["importance"], by_hand(module, kind.samples(11), fisher))
     assert ewc.estimator.by_sample is by_sample
 
 
@@ -141,7 +141,7 @@ def test_does_not_depend_on_the_batch_size(
     module = kind()
     module.learning_rate = 0.0
     ewc = measured(tmp_path, module, loader(kind, batch_size=batch_size), fisher=fisher)
-    assert_same(ewc.state_dict()["fisher"], by_hand(kind().eval(), kind.samples(11), fisher))
+    assert_same(ewc.state_dict()["importance"], by_hand(kind().eval(), kind.samples(11), fisher))
 
 
 def test_even_tokens_are_measured_in_batches(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_even_tokens_are_measured_in_batches(tmp_path: Path) -> None:
     module = Tokens()
     ewc = measured(tmp_path, module, DataLoader(samples[:4] + uneven, batch_size=4))
     assert ewc.estimator.by_sample is False
-    assert_same(ewc.state_dict()["fisher"], by_hand(module, samples[:4] + uneven, "empirical"))
+    assert_same(ewc.state_dict()["importance"], by_hand(module, samples[:4] + uneven, "empirical"))
 
 
 class Shifted(Tokens):
@@ -171,7 +171,7 @@ def test_labels_that_are_shifted_in_the_loss(tmp_path: Path) -> None:
     module = Shifted()
     ewc = measured(tmp_path, module, DataLoader(samples, batch_size=4))
     assert ewc.estimator.by_sample is False
-    assert_same(ewc.state_dict()["fisher"], by_hand(module, samples, "empirical"))
+    assert_same(ewc.state_dict()["importance"], by_hand(module, samples, "empirical"))
 
 
 @pytest.mark.parametrize("fisher", ["empirical", "sampled", "batched"])
@@ -191,9 +191,9 @@ def test_samples_without_a_label_do_not_count(fisher: Any, tmp_path: Path) -> No
     ewc = measured(tmp_path, module, DataLoader(samples, batch_size=4), fisher=fisher)
     labelled = [sample for sample in samples if sample[1] != -100]
     if fisher == "batched":
-        assert_same(ewc.state_dict()["fisher"], squares_of_sums(module, [labelled[:3], labelled[3:]]))
+        assert_same(ewc.state_dict()["importance"], squares_of_sums(module, [labelled[:3], labelled[3:]]))
     else:
-        assert_same(ewc.state_dict()["fisher"], by_hand(module, samples, fisher))
+        assert_same(ewc.state_dict()["importance"], by_hand(module, samples, fisher))
 
 
 def squares_of_sums(module: UserModule, batches: list[list[Any]]) -> Named:
@@ -211,9 +211,9 @@ def test_batched_is_the_square_of_sums(tmp_path: Path) -> None:
     """Named as the approximation it is: it does depend on the batch size."""
     module, samples = Images(), Images.samples(11)
     ewc = measured(tmp_path, module, fisher="batched")
-    assert_same(ewc.state_dict()["fisher"], squares_of_sums(module, [samples[:4], samples[4:8], samples[8:]]))
+    assert_same(ewc.state_dict()["importance"], squares_of_sums(module, [samples[:4], samples[4:8], samples[8:]]))
     exact = by_hand(module, samples, "empirical")["head.weight"]
-    assert not torch.allclose(ewc.state_dict()["fisher"]["head.weight"], exact, rtol=0.1)
+    assert not torch.allclose(ewc.state_dict()["importance"]["head.weight"], exact, rtol=0.1)
 
 
 @pytest.mark.parametrize("fisher", ["empirical", "exact"])
@@ -221,10 +221,10 @@ def test_fewer_samples(fisher: Any, tmp_path: Path) -> None:
     """From a plain loader the first ones, cut within a batch; more than there are is all."""
     module = Texts()
     ewc = measured(tmp_path, module, fisher=fisher, n_samples=6)
-    assert_same(ewc.state_dict()["fisher"], by_hand(module, Texts.samples(11)[:6], fisher))
+    assert_same(ewc.state_dict()["importance"], by_hand(module, Texts.samples(11)[:6], fisher))
     module = Texts()
     ewc = measured(tmp_path, module, fisher=fisher, n_samples=600)
-    assert_same(ewc.state_dict()["fisher"], by_hand(module, Texts.samples(11), fisher))
+    assert_same(ewc.state_dict()["importance"], by_hand(module, Texts.samples(11), fisher))
 
 
 @pytest.mark.parametrize("limits", [{"limit_train_batches": 2}, {"max_steps": 2, "max_epochs": -1}], ids=str)
@@ -233,7 +233,7 @@ def test_reads_the_data_of_the_task(limits: dict[str, Any], tmp_path: Path) -> N
     module = Texts()
     ewc = measured(tmp_path, module, trains=limits)
     samples = Texts.samples(11)[: 8 if "limit_train_batches" in limits else 11]
-    assert_same(ewc.state_dict()["fisher"], by_hand(module, samples, "empirical"))
+    assert_same(ewc.state_dict()["importance"], by_hand(module, samples, "empirical"))
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed", "bf16-true", "64-true"])
@@ -244,7 +244,7 @@ def test_precisions(precision: Any, tmp_path: Path) -> None:
         # by name, Lightning turns fp16 into bf16 on a CPU
         trains = {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))]}
     ewc = measured(tmp_path, module, trains=trains)
-    fisher = ewc.state_dict()["fisher"]
+    fisher = ewc.state_dict()["importance"]
     kept = torch.float64 if precision == "64-true" else torch.float32
     assert {value.dtype for value in fisher.values()} == {kept}
     if precision == "bf16-true":
@@ -275,7 +275,7 @@ def test_named_scores(tmp_path: Path) -> None:
 
     module = Auxiliary()
     ewc = measured(tmp_path, module, fisher="exact", logits="head")
-    assert_same(ewc.state_dict()["fisher"], by_hand(module, Texts.samples(11), "exact"))
+    assert_same(ewc.state_dict()["importance"], by_hand(module, Texts.samples(11), "exact"))
 
 
 def test_other_structures(tmp_path: Path) -> None:
@@ -290,7 +290,7 @@ def test_other_structures(tmp_path: Path) -> None:
     adapter = BatchAdapter(inputs="data.1", labels="data.0")
     ewc = measured(tmp_path, module, DataLoader(samples, batch_size=4), fisher="sampled", batch_adapter=adapter)
     pairs = [(sample["data"][1], sample["data"][0]) for sample in samples]
-    assert_same(ewc.state_dict()["fisher"], by_hand(module, pairs, "sampled"))
+    assert_same(ewc.state_dict()["importance"], by_hand(module, pairs, "sampled"))
 
 
 # ---------------------------------------------------------------------- decisions and refusals
@@ -381,7 +381,7 @@ def fisher_on_this_rank(root: Path, count: int, n_samples: int | None, sharded: 
     data = SampleList([sample for sample in Tokens.samples(20) if (sample["labels"] != -100).any()][:count])
     stream = TaskStreamDataModule(data, scenario=DataIncremental(n_tasks=1), batch_size=3)
     trainer(root, [ewc], strategy=strategy, devices=2, limit_val_batches=0).fit(module, datamodule=stream)
-    return {name: whole(value).flatten().tolist() for name, value in ewc.state_dict()["fisher"].items()}
+    return {name: whole(value).flatten().tolist() for name, value in ewc.state_dict()["importance"].items()}
 
 
 @pytest.fixture(scope="module")

@@ -110,7 +110,7 @@ class Measured(Callback):
             "buffers": list(module.buffers()),
             "gradients": [parameter.grad for parameter in module.parameters() if parameter.grad is not None],
             "optimizer": [value for state in states for value in state.values() if isinstance(value, Tensor)],
-            "EWC": [value for ewc in penalties for kept in (ewc._fisher, ewc._anchors) for value in kept.values()],
+            "EWC": [value for ewc in penalties for kept in (ewc.importance, ewc.anchors) for value in kept.values()],
         }
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
@@ -370,7 +370,7 @@ def test_what_is_not_known_is_said(tmp_path: Path, capsys: pytest.CaptureFixture
 class Keeps(ExperienceReplay):
     """A method that does not say what it keeps."""
 
-    from lightning_cl.core.events import ContinualCallback
+    from lightning_cl.core.callback import ContinualCallback
 
     footprint = ContinualCallback.footprint
 

@@ -1,12 +1,12 @@
-"""The quadratic of EWC: value, gradient, merging over tasks."""
+"""EWC: merging Fisher terms over tasks."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from lightning_cl.functional import ewc
-from lightning_cl.functional.ewc import ewc_gradient_, ewc_penalty, merge_online_, merge_separate_
+from lightning_cl.functional.ewc import merge_online_, merge_separate_
+from lightning_cl.functional.quadratic import quadratic_penalty
 
 SHAPES = [(3, 4), (5,), (), (2, 3, 2)]
 
@@ -15,55 +15,6 @@ def _tensors(seed, positive=False):
     generator = torch.Generator().manual_seed(seed)
     values = [torch.randn(shape, generator=generator) for shape in SHAPES]
     return [value.abs() for value in values] if positive else values
-
-
-def test_penalty_by_hand():
-    """3/2 * (2 * (1-0)^2 + 4 * (5-2)^2 + 0.5)."""
-    value = ewc_penalty([torch.tensor([1.0, 5.0])], [torch.tensor([0.0, 2.0])], [torch.tensor([2.0, 4.0])], 3.0, 0.5)
-    assert value.item() == pytest.approx(1.5 * 38.5)
-    assert ewc_penalty([], [], [], 3.0).item() == 0
-
-
-@pytest.mark.parametrize("way", [ewc_gradient_, ewc._gradient_by_loop_, ewc._gradient_by_foreach_])
-def test_gradient_is_that_of_the_penalty(way):
-    """Autograd through the penalty, added to gradients that were there."""
-    params = [p.requires_grad_() for p in _tensors(0)]
-    anchors, fisher, grads = _tensors(1), _tensors(2, positive=True), _tensors(3)
-    expected = torch.autograd.grad(ewc_penalty(params, anchors, fisher, 7.0), params)
-    expected = [grad + more for grad, more in zip(grads, expected, strict=True)]
-    with torch.no_grad():
-        way(grads, params, anchors, fisher, 7.0)
-    torch.testing.assert_close(grads, expected)
-
-
-@pytest.mark.parametrize("way", [ewc._gradient_by_loop_, ewc._gradient_by_foreach_])
-def test_gradient_in_blocks_and_buckets(monkeypatch, way):
-    """Cutting large tensors and long lists changes nothing, also where memory is not contiguous."""
-    params, anchors, fisher, grads = _tensors(0), _tensors(1), _tensors(2, positive=True), _tensors(3)
-    expected = [g + 7.0 * f * (p - a) for g, p, a, f in zip(grads, params, anchors, fisher, strict=True)]
-    monkeypatch.setattr(ewc, "_CPU_BLOCK", 5)
-    monkeypatch.setattr(ewc, "_GPU_BUCKET", 13)
-    grads[0] = grads[0].t().contiguous().t()
-    way(grads, params, anchors, fisher, 7.0)
-    torch.testing.assert_close(grads, expected)
-
-
-@pytest.mark.parametrize("way", [ewc._gradient_by_loop_, ewc._gradient_by_foreach_])
-def test_half_precision_gradients_are_rounded_once(way):
-    """The sum is formed in float32 from the float32 state."""
-    params, grads = ([t.bfloat16() for t in _tensors(seed)] for seed in (0, 3))
-    anchors, fisher = _tensors(1), _tensors(2, positive=True)
-    rows = zip(grads, params, anchors, fisher, strict=True)
-    expected = [(g.float() + 7.0 * f * (p.float() - a)).bfloat16() for g, p, a, f in rows]
-    way(grads, params, anchors, fisher, 7.0)
-    torch.testing.assert_close(grads, expected, rtol=2**-8, atol=0)
-    assert {grad.dtype for grad in grads} == {torch.bfloat16}
-
-
-def test_lists_must_match():
-    """A missing anchor would leave a weight unprotected."""
-    with pytest.raises(ValueError, match="zip"):
-        ewc_gradient_([torch.zeros(2)] * 2, [torch.ones(2)] * 2, [torch.zeros(2)], [torch.ones(2)] * 2, 1.0)
 
 
 def test_merge_online():
@@ -84,8 +35,8 @@ def test_merge_separate_equals_the_sum_over_five_tasks():
     constant = sum(merge_separate_(total, centre, fisher, anchor) for fisher, anchor in tasks)
     params = [p.requires_grad_() for p in _tensors(0)]
 
-    expected = sum(ewc_penalty(params, anchor, fisher, 3.0) for fisher, anchor in tasks)
-    actual = ewc_penalty(params, centre, total, 3.0, constant)
+    expected = sum(quadratic_penalty(params, anchor, fisher, 3.0) for fisher, anchor in tasks)
+    actual = quadratic_penalty(params, centre, total, 3.0, constant)
     torch.testing.assert_close(actual.float(), expected)
     torch.testing.assert_close(torch.autograd.grad(actual, params), torch.autograd.grad(expected, params))
     assert torch.equal(centre[0][0], tasks[-1][1][0][0])  # nothing holds it: the latest weights

@@ -116,7 +116,7 @@ def rest_of(net: nn.Module) -> dict[str, Any]:
         "loops": {"done": [1, (2, None)], "empty": {}, "rank": rank},
         "callbacks": {
             "EWC": {
-                "fisher": {name: p.detach() ** 2 for name, p in net.named_parameters()},
+                "importance": {name: p.detach() ** 2 for name, p in net.named_parameters()},
                 "trajectory": [(p.detach().clone(),) for p in net.parameters()],
                 "by column": distribute_tensor(
                     torch.arange(10.0).view(2, 5), first.device_mesh, [*copies[1:], Shard(1)]
@@ -146,8 +146,8 @@ def read_run(path: Path, layout: str = "shards") -> Any:
     mesh = mesh_of(layout)
     rest = read_rest(path, mesh)
     parameter = next(net.parameters())
-    assert rest["callbacks"]["EWC"]["fisher"]["0.weight"].placements == parameter.placements
-    assert rest["callbacks"]["EWC"]["fisher"]["0.weight"].to_local().shape == parameter.to_local().shape
+    assert rest["callbacks"]["EWC"]["importance"]["0.weight"].placements == parameter.placements
+    assert rest["callbacks"]["EWC"]["importance"]["0.weight"].to_local().shape == parameter.to_local().shape
     assert rest["callbacks"]["EWC"]["by column"].placements[-1] == Shard(1)
     return plain([tensors, rest])
 

@@ -65,8 +65,10 @@ class Watch(Callback):
         ewc, replay = (callback for callback in trainer.callbacks if isinstance(callback, (EWC, ExperienceReplay)))
         self.found = {
             "step": trainer.global_step,
-            "shards": all(value.shape == ewc._parameters[name].to_local().shape for name, value in ewc._fisher.items()),
-            "protected": sorted(ewc._fisher),
+            "shards": all(
+                value.shape == ewc.parameters[name].to_local().shape for name, value in ewc.importance.items()
+            ),
+            "protected": sorted(ewc.importance),
             "ids": sorted(replay.buffer.all_samples.sample_ids.tolist()),
             "share": len(replay.buffer),
         }

@@ -94,8 +94,8 @@ def run(
     return {
         "weights": weights(module),
         "optimizer": [s["momentum_buffer"] for s in fitted.optimizers[0].state.values()],
-        "fisher": {name: ewc._fisher[name] for name in ewc._fisher},
-        "anchors": {name: ewc._anchors[name] for name in ewc._anchors},
+        "fisher": {name: ewc.importance[name] for name in ewc.importance},
+        "anchors": {name: ewc.anchors[name] for name in ewc.anchors},
         "replay": replay.buffer.all_samples.sample_ids,
         "stored": sorted(float(row.sum()) for row in replay.buffer.storage.read(_slots(replay), None)["0"]),
         "matrix": metrics.matrix,

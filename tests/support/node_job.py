@@ -40,7 +40,7 @@ def fit(root: Path, nodes: int, *, seconds: int = 60, accidents: tuple[Callback,
     fitted.fit(module, datamodule=toy_stream(batch_size=GLOBAL_BATCH // nodes), ckpt_path="last")
     return {
         "weights": full(module),
-        "fisher": torch.cat([value.flatten() for value in ewc._fisher.values()]),
+        "fisher": torch.cat([value.flatten() for value in ewc.importance.values()]),
         "memory": replay.buffer.all_samples.sample_ids,
         "steps": fitted.global_step,
     }

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import parameters_to_vector
 from torch.utils.data import DataLoader, TensorDataset
@@ -66,6 +68,17 @@ class ToyModule(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=self.learning_rate, momentum=0.9)
+
+
+class SelfSharded(ToyModule):
+    """The toy module as users of Lightning's own strategy write it."""
+
+    def configure_model(self) -> None:
+        if isinstance(self.model[0].weight, DTensor):
+            return
+        mesh = self.device_mesh["data_parallel"]
+        for layer in (self.model[0], self.model[3], self.model):
+            fully_shard(layer, mesh=mesh)
 
 
 def trainer(root: Path | str, callbacks: Sequence[Callback] = (), **settings: Any) -> Trainer:

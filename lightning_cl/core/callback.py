@@ -1,0 +1,91 @@
+"""What a method is to Lightning: a callback that also hears of tasks and acts inside a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar, Literal
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_cl.core.footprint import Footprint
+from lightning_cl.core.task import Task
+from lightning_cl.core.update import OptimizerStep
+
+__all__ = ["ContinualCallback"]
+
+
+class ContinualCallback(Callback):
+    """A Lightning callback that also hears of tasks and may act inside a step.
+
+    Its hooks come on top of Lightning's own, and each is called for all callbacks in the order of
+    ``trainer.callbacks`` before the next one is. In a training step: ``transform_batch``, ``around_step``, the module's
+    own ``training_step``, ``loss_term``. In an optimizer step: ``observe_gradients``, ``change_gradients``,
+    ``limit_gradients``, Lightning's clipping and the step itself, ``change_update``, ``observe_update``. So a penalty's
+    place in the list decides neither what a path integral takes for the task's gradient nor what a mask lets move.
+
+    Two ways to run, one behaviour: over a task stream in one ``fit``, or over any other data with one ``fit`` per
+    task. In the second, what the callback learned lives on in the object, or in the checkpoint given as ``ckpt_path``.
+
+    Attributes:
+        boundaries: What the callback knows of task boundaries: ``"required"`` (refused on a stream that hides them),
+            ``"unused"``, or ``"evaluation"`` (told even on such a stream, because it only measures).
+        needs_state: Whether a checkpoint without this callback's state is an error on resume.
+        completed_tasks: Tasks that ended so far, over all fits.
+    """
+
+    boundaries: ClassVar[Literal["required", "unused", "evaluation"]] = "required"
+    needs_state: ClassVar[bool] = True
+    completed_tasks: int = 0
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # it needs this class
+        from lightning_cl.core.events import TaskEvents
+
+        TaskEvents.attach(trainer)
+
+    def on_task_start(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
+        """Called before the first batch of a task; not called again when a run resumes inside it."""
+
+    def on_task_end(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
+        """Called after the last optimizer step of a task and before the validation that follows it."""
+
+    def transform_batch(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> Any:
+        """Return the batch that the module's ``training_step`` gets; it is on the device already."""
+        return batch
+
+    def loss_term(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, outputs: Any
+    ) -> Tensor | None:
+        """Return a scalar to add to the loss of ``training_step``, or ``None``; under automatic optimization only."""
+        return None
+
+    @contextmanager
+    def around_step(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> Iterator[None]:
+        """Enclose the module's ``training_step``; the batch is the one it gets. A teacher's forward comes before it."""
+        yield
+
+    def observe_gradients(self, trainer: Trainer, pl_module: LightningModule, step: OptimizerStep) -> None:
+        """Read the gradients of the loss: averaged over ranks, unscaled, and not yet changed by any callback."""
+
+    def change_gradients(self, trainer: Trainer, pl_module: LightningModule, step: OptimizerStep) -> None:
+        """Add to the gradients, or turn them."""
+
+    def limit_gradients(self, trainer: Trainer, pl_module: LightningModule, step: OptimizerStep) -> None:
+        """Clip or hold what all callbacks made of the gradients, before Lightning clips them.
+
+        A gradient of ``None`` holds a whole tensor: torch's optimizers then touch neither it nor its state.
+        """
+
+    def change_update(self, trainer: Trainer, pl_module: LightningModule, step: OptimizerStep) -> None:
+        """Correct the weights after the optimizer moved them; not called when it skipped its step."""
+
+    def observe_update(self, trainer: Trainer, pl_module: LightningModule, step: OptimizerStep) -> None:
+        """Read the weights after all corrections of a step."""
+
+    def footprint(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Footprint:
+        """Return what the callback will take on a rank, from sharded parameters and a batch without values."""
+        return Footprint()

@@ -1,0 +1,149 @@
+"""A second set of a module's weights: a teacher, an average, what the module was before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lightning_cl.core.state import ParameterState, local, reshard
+
+__all__ = ["WeightCopy"]
+
+
+class WeightCopy:
+    """Copies of the trainable parameters (this rank's shards) and of the persistent buffers of a module.
+
+    What is frozen is shared with the module, so of adapters on a frozen base only the adapters are copied.
+
+    Args:
+        owner: The callback, for errors.
+        float32: Keep copies of half-precision weights in float32, so that an average of many small steps moves.
+    """
+
+    def __init__(self, owner: str, *, float32: bool = False) -> None:
+        self._owner = owner
+        self._float32 = float32
+        self._weights = ParameterState()
+        self._buffers: dict[str, Tensor] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._weights)
+
+    def take(self, pl_module: LightningModule) -> None:
+        """Copy the module's present weights; outside of its forward, where they are shards."""
+        reshard(pl_module)
+        parameters = _trainable(pl_module)
+        weights = {name: local(p.detach()).to(self._dtype(p), copy=True) for name, p in parameters.items()}
+        self._weights.set(weights, parameters)
+        self._take_buffers(pl_module)
+
+    def move_towards(self, pl_module: LightningModule, weight: float) -> None:
+        r"""Move the copy to :math:`c + w (\theta - c)`; buffers are taken as they are."""
+        parameters = dict(pl_module.named_parameters())
+        copies = list(self._weights.values())
+        present = [local(parameters[name].detach()).to(c.dtype) for name, c in self._weights.items()]
+        if copies:
+            torch._foreach_lerp_(copies, present, weight)
+        self._take_buffers(pl_module)
+
+    def place(self, pl_module: LightningModule) -> None:
+        """Bring restored copies to the devices and shards of the module's parameters.
+
+        Raises:
+            ValueError: If the copy and the module's trainable parameters do not match.
+        """
+        reshard(pl_module)
+        self._weights.place(_trainable(pl_module), f"The weights kept by `{self._owner}`")
+        devices = {name: buffer.device for name, buffer in pl_module.named_buffers()}
+        self._buffers = {name: value.to(devices.get(name, value.device)) for name, value in self._buffers.items()}
+
+    @contextmanager
+    def in_place(self, pl_module: LightningModule) -> Iterator[None]:
+        """Let the module compute with the copy, without a graph, and get its own weights back at the end.
+
+        It may be entered inside the forward of a sharded root, before the module computed anything there.
+        """
+        parameters = dict(pl_module.named_parameters())
+        shards = {name: local(parameters[name].detach()) for name in self._weights if _is_shard(parameters[name])}
+        kept = {name: shard.clone() for name, shard in shards.items()}
+        whole = {name: parameters[name].data for name in self._weights if name not in shards}
+        buffers = {name: buffer.clone() for name, buffer in _persistent_buffers(pl_module).items()}
+        with torch.no_grad():
+            for name in whole:
+                # by pointer: no copy, and what the optimizer and DDP hold stays the same object
+                parameters[name].data = self._weights.full(name).to(whole[name].dtype)
+            _copy_into(shards, self._weights)
+            _copy_into(_persistent_buffers(pl_module), self._buffers)
+        try:
+            yield
+        finally:
+            # a unit that was gathered for the copy must not serve the module
+            reshard(pl_module)
+            with torch.no_grad():
+                for name, data in whole.items():
+                    parameters[name].data = data
+                _copy_into(shards, kept)
+                _copy_into(_persistent_buffers(pl_module), buffers)
+
+    def load_into(self, pl_module: LightningModule) -> None:
+        """Make the copy the module's own weights."""
+        reshard(pl_module)
+        with torch.no_grad():
+            _copy_into({n: local(p.detach()) for n, p in pl_module.named_parameters()}, self._weights)
+            _copy_into(_persistent_buffers(pl_module), self._buffers)
+
+    def num_bytes(self, pl_module: LightningModule) -> int:
+        """Return what a copy takes on this rank."""
+        parameters = _trainable(pl_module).values()
+        buffers = sum(buffer.nbytes for buffer in _persistent_buffers(pl_module).values())
+        return buffers + sum(local(p).numel() * self._dtype(p).itemsize for p in parameters)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return parameters as :class:`ParameterState` does, and buffers on the CPU."""
+        buffers = {name: value.detach().cpu().clone() for name, value in self._buffers.items()}
+        return {"weights": self._weights.state_dict(), "buffers": buffers}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take what :meth:`state_dict` returned; :meth:`place` brings it to its devices and shards."""
+        self._weights.load_state_dict(state["weights"])
+        self._buffers = dict(state["buffers"])
+
+    def _dtype(self, parameter: Tensor) -> torch.dtype:
+        return torch.promote_types(parameter.dtype, torch.float32) if self._float32 else parameter.dtype
+
+    def _take_buffers(self, pl_module: LightningModule) -> None:
+        present = _persistent_buffers(pl_module)
+        if self._buffers.keys() == present.keys():
+            _copy_into(self._buffers, present)
+        else:
+            self._buffers = {name: buffer.detach().clone() for name, buffer in present.items()}
+
+
+def _trainable(pl_module: LightningModule) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
+
+
+def _persistent_buffers(pl_module: LightningModule) -> dict[str, Tensor]:
+    """Return what a checkpoint holds: statistics, but no tables that are made anew."""
+    return {
+        f"{path}.{name}" if path else name: buffer
+        for path, module in pl_module.named_modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    }
+
+
+def _is_shard(parameter: Tensor) -> bool:
+    return isinstance(parameter, DTensor)
+
+
+def _copy_into(targets: dict[str, Tensor], sources: Any) -> None:
+    for name, target in targets.items():
+        if name in sources:
+            target.copy_(sources[name])

@@ -1,0 +1,125 @@
+"""The optimizer's step: how callbacks act on gradients before it and on weights after it.
+
+Lightning has no hook after a step of the optimizer; torch calls :meth:`~torch.optim.Optimizer.register_step_post_hook`
+of one that was taken, and not of one that a gradient scaler skipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from lightning_cl.core.checks import check_gradients
+from lightning_cl.core.hooks import overriding
+from lightning_cl.core.state import local
+
+if TYPE_CHECKING:
+    from lightning_cl.core.callback import ContinualCallback
+
+__all__ = ["OptimizerStep", "UpdatePipeline"]
+
+_BEFORE = ("observe_gradients", "change_gradients", "limit_gradients")
+_AFTER = ("change_update", "observe_update")
+
+
+class OptimizerStep:
+    """One optimizer, and its step that is under way; the object stays the same while the optimizer does.
+
+    Attributes:
+        optimizer: The optimizer.
+        parameters: The parameters that it steps, by name.
+    """
+
+    def __init__(self, optimizer: Optimizer, parameters: dict[str, Parameter]) -> None:
+        self.optimizer = optimizer
+        self.parameters = parameters
+        self._buffers: dict[str, Tensor] = {}
+        self._before: dict[str, Tensor] = {}
+
+    def keep(self, names: Iterable[str]) -> None:
+        """Copy the local shards of these weights before the step moves them, once for all callbacks that ask."""
+        new = [name for name in names if name not in self._before]
+        weights = [local(self.parameters[name].detach()) for name in new]
+        for name, weight in zip(new, weights, strict=True):
+            buffer = self._buffers.get(name)
+            if buffer is None or buffer.shape != weight.shape or buffer.device != weight.device:
+                self._buffers[name] = torch.empty_like(weight)
+            self._before[name] = self._buffers[name]
+        if new:
+            torch._foreach_copy_([self._before[name] for name in new], weights)
+
+    def before(self, name: str) -> Tensor:
+        """Return the local shard of a weight as it was before the step; :meth:`keep` must have copied it."""
+        return self._before[name]
+
+    def begin(self) -> None:
+        """Forget the copies of the step before; their memory is used again."""
+        self._before = {}
+
+
+class UpdatePipeline:
+    """Calls the hooks of every callback around each step of each optimizer.
+
+    Args:
+        trainer: The running Trainer.
+        pl_module: The user's module, its parameters sharded and on their device.
+        callbacks: In the order of ``trainer.callbacks``.
+
+    Raises:
+        ValueError: If a callback acts on gradients that the run cannot show it.
+    """
+
+    def __init__(self, trainer: Trainer, pl_module: LightningModule, callbacks: Sequence[ContinualCallback]) -> None:
+        self._trainer = trainer
+        self._pl_module = pl_module
+        self._gradient_hooks, self._weight_hooks = (
+            [getattr(callback, hook) for hook in hooks for callback in overriding(callbacks, hook)]
+            for hooks in (_BEFORE, _AFTER)
+        )
+        self._steps: dict[Optimizer, tuple[OptimizerStep, int]] = {}
+        self._handles: dict[Optimizer, Any] = {}
+        for hook in (*_BEFORE, *_AFTER):
+            for callback in overriding(callbacks, hook):
+                check_gradients(trainer, pl_module, callback)
+
+    def before(self, optimizer: Optimizer) -> None:
+        """Run what comes before a step: called where gradients are unscaled and not yet clipped."""
+        if not self._gradient_hooks and not self._weight_hooks:
+            return
+        step = self._step_of(optimizer)
+        step.begin()
+        self._run(self._gradient_hooks, step)
+
+    def detach(self) -> None:
+        """Take the hooks off all optimizers."""
+        for handle in self._handles.values():
+            handle.remove()
+        self._handles, self._steps = {}, {}
+
+    def _step_of(self, optimizer: Optimizer) -> OptimizerStep:
+        size = sum(len(group["params"]) for group in optimizer.param_groups)
+        if optimizer not in self._steps or self._steps[optimizer][1] != size:
+            stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            named = self._pl_module.named_parameters()
+            step = OptimizerStep(optimizer, {name: p for name, p in named if id(p) in stepped})
+            # a stream may build its optimizers anew at a boundary
+            self._steps = {o: known for o, known in self._steps.items() if o in self._trainer.optimizers}
+            self._steps[optimizer] = step, size
+        if self._weight_hooks and optimizer not in self._handles:
+            # first seen inside its own step, whose hooks are read after it
+            self._handles[optimizer] = optimizer.register_step_post_hook(self._after)
+        return self._steps[optimizer][0]
+
+    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._run(self._weight_hooks, self._steps[optimizer][0])
+
+    @torch.no_grad()
+    def _run(self, hooks: Sequence[Callable[..., None]], step: OptimizerStep) -> None:
+        for hook in hooks:
+            hook(self._trainer, self._pl_module, step)

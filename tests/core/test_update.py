@@ -1,0 +1,202 @@
+"""The hooks around an optimizer's step: when each is called, for whom, and with what."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.precision import MixedPrecision
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from lightning_cl import ContinualCallback
+from lightning_cl.core.update import OptimizerStep
+from toys import ToyModule, fit_stream, toy_stream, trainer, weights
+
+HOOKS = ("observe_gradients", "change_gradients", "limit_gradients", "change_update", "observe_update")
+
+
+class Noting(ContinualCallback):
+    """Notes every call, with the gradient and the weight of the first layer's bias."""
+
+    def __init__(self, name: str, calls: list[Any]) -> None:
+        self.name = name
+        self.calls = calls
+
+    @property
+    def state_key(self) -> str:
+        return self.name
+
+
+def _note(hook: str) -> Any:
+    def method(self: Noting, trainer: Trainer, pl_module: LightningModule, step: OptimizerStep) -> None:
+        bias = pl_module.get_parameter("model.0.bias")
+        assert not torch.is_grad_enabled()
+        self.calls.append((hook, self.name, bias.grad.clone(), bias.detach().clone(), step))
+
+    return method
+
+
+for _hook in HOOKS:
+    setattr(Noting, _hook, _note(_hook))
+
+
+class Doubling(ContinualCallback):
+    """Doubles gradients, and halves what a step moved."""
+
+    def observe_gradients(self, trainer: Trainer, pl_module: LightningModule, step: OptimizerStep) -> None:
+        step.keep(step.parameters)
+
+    def change_gradients(self, trainer: Trainer, pl_module: LightningModule, step: OptimizerStep) -> None:
+        step.keep(step.parameters)
+        for parameter in step.parameters.values():
+            parameter.grad.mul_(2)
+
+    def change_update(self, trainer: Trainer, pl_module: LightningModule, step: OptimizerStep) -> None:
+        for name, parameter in step.parameters.items():
+            parameter.copy_((parameter + step.before(name)) / 2)
+
+
+def test_every_hook_of_all_callbacks_comes_before_the_next_hook(tmp_path: Path) -> None:
+    """In the order of the list; gradients are seen raw, changed, clipped; weights before and after the step."""
+    calls: list[Any] = []
+    callbacks = [Noting("a", calls), Doubling(), Noting("b", calls)]
+    fit_stream(tmp_path, callbacks, max_steps=2, gradient_clip_val=1e-3)
+    assert [call[:2] for call in calls] == [(hook, name) for hook in HOOKS for name in "ab"] * 2
+    raw, changed, limited = calls[0][2], calls[2][2], calls[4][2]
+    assert torch.equal(calls[1][2], raw)
+    assert torch.equal(calls[3][2], 2 * raw)
+    assert torch.equal(changed, raw)  # `a` comes before the callback that changes them
+    assert torch.equal(limited, 2 * raw)
+    assert calls[6][2].norm() < 1e-3  # Lightning clipped them before the step
+    before, moved, corrected = calls[0][3], calls[6][3], calls[8][3]
+    torch.testing.assert_close(corrected, (before + moved) / 2)
+    assert not torch.equal(before, moved)
+    assert calls[0][4] is calls[10][4]
+
+
+def test_once_for_each_optimizer_step(tmp_path: Path) -> None:
+    """Of three batches of an epoch, accumulated by two, come two steps; the gradient is that of both batches."""
+    calls: list[Any] = []
+    fit_stream(tmp_path, [Noting("a", calls)], accumulate_grad_batches=2)
+    assert len(calls) == len(HOOKS) * 2 * 4
+    alone: list[Any] = []
+    fit_stream(tmp_path, [Noting("a", alone)])
+    assert not torch.equal(calls[0][2], alone[0][2])
+
+
+def test_copies_are_those_of_this_step(tmp_path: Path) -> None:
+    """A second step does not see the first one's copies: half of every update is half of the learning rate."""
+    module = ToyModule()
+    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.1)  # type: ignore[method-assign]
+    plain = ToyModule()
+    plain.configure_optimizers = lambda: torch.optim.SGD(plain.parameters(), lr=0.1)  # type: ignore[method-assign]
+    torch.testing.assert_close(fit_stream(tmp_path, [Doubling()], module=module), fit_stream(tmp_path, module=plain))
+
+
+class Adversarial(ToyModule):
+    """Steps two optimizers by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward(cross_entropy(self(batch[0]), batch[1]))
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(self.model[layer].parameters(), lr=0.1) for layer in (0, 3)]
+
+
+def test_several_optimizers_under_manual_optimization(tmp_path: Path) -> None:
+    """Each step shows the parameters that it moves."""
+    calls: list[Any] = []
+    fit_stream(tmp_path, [Noting("a", calls)], module=Adversarial(), max_steps=2)
+    assert [list(call[4].parameters) for call in calls] == (
+        [["model.0.weight", "model.0.bias"]] * 5 + [["model.3.weight", "model.3.bias"]] * 5
+    )
+
+
+def test_optimizers_that_are_built_anew(tmp_path: Path) -> None:
+    """A stream that rebuilds them at a boundary gets every step observed."""
+    calls: list[Any] = []
+    stream = toy_stream(optimizer_policy="rebuild")
+    fit_stream(tmp_path, [Noting("a", calls)], stream=stream)
+    assert len(calls) == len(HOOKS) * 12
+    assert len({id(call[4]) for call in calls}) == 2
+
+
+def test_a_group_added_to_an_optimizer(tmp_path: Path) -> None:
+    """A parameter that came later is seen."""
+
+    class Adding(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+            if trainer.global_step == 1:
+                trainer.optimizers[0].add_param_group({"params": list(pl_module.model[3].parameters())})
+
+    class FirstLayer(ToyModule):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.model[0].parameters(), lr=0.1)
+
+    calls: list[Any] = []
+    fit_stream(tmp_path, [Noting("a", calls), Adding()], module=FirstLayer(), max_steps=2)
+    assert [len(call[4].parameters) for call in calls] == [2] * 5 + [4] * 5
+
+
+def test_a_step_that_the_scaler_skips_moves_nothing(tmp_path: Path) -> None:
+    """An infinite gradient under fp16: gradients are seen, no update is."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+
+    class Infinite(ToyModule):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            return loss * float("inf") if batch_idx == 0 else loss
+
+    calls: list[Any] = []
+    precision = MixedPrecision("16-mixed", device="cpu", scaler=scaler)
+    fit_stream(tmp_path, [Noting("a", calls)], module=Infinite(), plugins=[precision])
+    counts = [sum(call[0] == hook for call in calls) for hook in HOOKS]
+    assert counts == [12, 12, 12, 8, 8]
+
+
+def test_hooks_are_taken_off(tmp_path: Path) -> None:
+    """After a fit, and after one that failed, the optimizer carries none."""
+    calls: list[Any] = []
+    run = trainer(tmp_path, [Noting("a", calls)])
+    run.fit(ToyModule(), datamodule=toy_stream())
+    assert not run.optimizers[0]._optimizer_step_post_hooks
+
+    class Failing(ToyModule):
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            raise RuntimeError("broken")
+
+    run = trainer(tmp_path, [Noting("a", calls)])
+    with pytest.raises(RuntimeError, match="broken"):
+        run.fit(Failing(), datamodule=toy_stream())
+    assert not run.optimizers[0]._optimizer_step_post_hooks
+
+
+def test_nothing_is_registered_for_who_acts_on_no_step(tmp_path: Path) -> None:
+    """A callback that only hears of tasks costs no step anything."""
+
+    class Looking(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            assert not trainer.optimizers[0]._optimizer_step_post_hooks
+
+    assert torch.equal(fit_stream(tmp_path, [ContinualCallback(), Looking()]), fit_stream(tmp_path))
+
+
+def test_sparse_gradients_are_refused(tmp_path: Path) -> None:
+    """Before the first step, for whoever acts on gradients."""
+    module = ToyModule()
+    module.table = torch.nn.Embedding(3, 2, sparse=True)
+    before = weights(module)
+    with pytest.raises(ValueError, match=r"`Doubling` needs dense gradients.*'table'"):
+        fit_stream(tmp_path, [Doubling()], module=module)
+    assert torch.equal(weights(module), before)

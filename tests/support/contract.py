@@ -1,0 +1,42 @@
+"""The rows of the contract test: one file in ``rows/`` for each method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any
+
+from torch import Tensor
+
+import rows
+from lightning_cl import ContinualCallback
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method, and the plain loop that ends where it must end.
+
+    Args:
+        method: The callback's class.
+        settings: Its arguments.
+        plain_loop: Called with ``batch_size`` and ``world_size``; returns the final weights.
+        tolerance: Largest difference of a weight; 0 for the same bits.
+    """
+
+    method: type[ContinualCallback]
+    settings: dict[str, Any]
+    plain_loop: Callable[..., Tensor]
+    tolerance: float = 1e-6
+
+    def make(self) -> ContinualCallback:
+        return self.method(**self.settings)
+
+
+def all_rows() -> dict[str, Row]:
+    """Return the rows of all methods, those of each file in its ``ROWS``."""
+    found: dict[str, Row] = {}
+    for module in iter_modules(rows.__path__):
+        found |= import_module(f"rows.{module.name}").ROWS
+    return found

@@ -1,0 +1,1 @@
+"""The contract's rows, each file with its methods' plain loops."""
