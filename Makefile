@@ -10,7 +10,7 @@ PY := $(VENV)/bin/python
 INSTALL := $(PY) -m pip install -qq --disable-pip-version-check --constraint $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest lint format docs bench bench-sharded clean
+.PHONY: help demo test test-oldest lint format docs bench bench-methods bench-sharded clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -40,6 +40,9 @@ docs: $(VENV)/dev.stamp  ## build the site into site/, warnings are errors
 
 bench: $(VENV)/run.stamp  ## the overhead of each callback, as ratios
 	OMP_NUM_THREADS=1 $(PY) benchmarks/overhead.py
+
+bench-methods: $(VENV)/run.stamp  ## the cost of every method, as ratios, and over a hundred tasks
+	OMP_NUM_THREADS=1 $(PY) benchmarks/methods.py
 
 bench-sharded: $(VENV)/dev.stamp  ## sharded language models against a plain torch loop, as ratios
 	$(PY) benchmarks/sharded.py

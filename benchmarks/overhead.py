@@ -8,28 +8,19 @@ it, through the caches they share: on a busy machine a callback's few instructio
 from __future__ import annotations
 
 import argparse
-import json
-import logging
 import os
-import platform
 import resource
-import statistics
 import subprocess
 import sys
 import time
-import warnings
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 # before torch is imported
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
+from measuring import Ratio, be_quiet, ratio, show, take_turns, write
 from torch.utils.data import DataLoader
 from workloads import Cost, WithoutEvents, Workload, fit, quiet_trainer, read, torch_loop
 
@@ -37,50 +28,6 @@ from lightning_cl import EWC, ContinualCallback, ContinualMetrics, ExperienceRep
 from lightning_cl.datamodules import ClassIncremental, TaskStreamDataModule
 
 RESULTS = Path(__file__).parent / "results" / "overhead.json"
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """A measured ratio.
-
-    Args:
-        workload: What was trained.
-        what: The run, and what it is compared with.
-        cpu: Median of the ratios of processor time.
-        wall: Median of the ratios of the clock.
-        base_ms: Median processor time of what it is compared with, in milliseconds.
-        bar: The most that ``cpu`` may be; ``None`` where the ratio is only shown.
-    """
-
-    workload: str
-    what: str
-    cpu: float
-    wall: float
-    base_ms: float
-    bar: float | None
-
-    @property
-    def verdict(self) -> str:
-        if self.bar is None:
-            return ""
-        return "pass" if self.cpu <= self.bar else "miss"
-
-
-def take_turns(turns: int, *runs: Callable[[], Any]) -> list[tuple[Any, ...]]:
-    """Call the runs one after another, ``turns`` times, after one turn that is not counted."""
-    return [tuple(run() for run in runs) for _ in range(turns + 1)][1:]
-
-
-def ratio(workload: str, what: str, pairs: list[tuple[Cost, Cost]], bar: float | None) -> Ratio:
-    """Make a ratio of pairs (base, run)."""
-    return Ratio(
-        workload,
-        what,
-        cpu=statistics.median(run.cpu / base.cpu for base, run in pairs),
-        wall=statistics.median(run.wall / base.wall for base, run in pairs),
-        base_ms=statistics.median(base.cpu for base, _ in pairs) * 1000,
-        bar=bar,
-    )
 
 
 class Identity(ContinualCallback):
@@ -201,35 +148,12 @@ def import_time(turns: int) -> list[Ratio]:
     return [ratio("import", "lightning_cl / lightning.pytorch", pairs, 1.10)]
 
 
-def show(ratios: list[Ratio]) -> None:
-    width = max(len(r.what) for r in ratios)
-    print(f"{'workload':<12} {'what':<{width}} {'base, ms':>9} {'cpu':>6} {'clock':>6} {'bar':>5}")
-    for r in ratios:
-        bar = "" if r.bar is None else f"{r.bar:.2f}"
-        print(f"{r.workload:<12} {r.what:<{width}} {r.base_ms:>9.2f} {r.cpu:>6.3f} {r.wall:>6.3f} {bar:>5} {r.verdict}")
-
-
-def write(ratios: list[Ratio], path: Path) -> None:
-    record = {
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": {name: version(name) for name in ("torch", "lightning", "lightning-cl")},
-        "python": platform.python_version(),
-        "processor": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "ratios": [asdict(r) | {"verdict": r.verdict} for r in ratios],
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=2) + "\n")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the overhead of each callback, as ratios.")
     parser.add_argument("--quick", action="store_true", help="few and short turns; prints, and writes no file")
     parser.add_argument("--only", default="", help="measure only what has this in its name, such as 'ewc'; no file")
     arguments = parser.parse_args()
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
+    be_quiet()
     turns = 3 if arguments.quick else 7
     scale = 1 if arguments.quick else 2
     ratios: list[Ratio] = []
@@ -241,7 +165,7 @@ def main() -> None:
         ratios += import_time(turns)
     show(ratios)
     if not arguments.quick and not arguments.only:
-        write(ratios, RESULTS)
+        write(RESULTS, ratios=ratios)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,9 @@ class Cost:
     def now() -> Cost:
         return Cost(time.perf_counter(), time.process_time())
 
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.wall + other.wall, self.cpu + other.cpu)
+
     def __sub__(self, other: Cost) -> Cost:
         return Cost(self.wall - other.wall, self.cpu - other.cpu)
 

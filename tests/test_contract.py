@@ -18,6 +18,7 @@ from contract import Row, all_rows
 from lightning_cl import ContinualCallback, FSDP2Strategy
 from lightning_cl.cli.main import main
 from lightning_cl.cli.methods import method_classes
+from lightning_cl.core.shards import gathered
 from ranks import Ranks, exit_codes
 from toys import SelfSharded, ToyModule, fit_stream, toy_loaders, toy_stream, trainer, weights
 
@@ -84,12 +85,32 @@ def test_one_fit_for_each_task_through_checkpoints_is_the_same(row: Row, tmp_pat
 @pytest.mark.parametrize("step", [2, 6, 8], ids=["first task", "boundary", "second task"])
 def test_resumes_to_the_same_bits(row: Row, step: int, tmp_path: Path) -> None:
     """From a checkpoint at any step, with dropout, read with ``weights_only=True``."""
-    straight = fit_stream(tmp_path, [row.make(), saver(tmp_path)], module=ToyModule(dropout=0.3))
+    through = row.make()
+    straight = fit_stream(tmp_path, [through, saver(tmp_path)], module=ToyModule(dropout=0.3))
     torch.manual_seed(999)
-    resumed, path = ToyModule(dropout=0.3), tmp_path / f"step={step}.ckpt"
-    fit = trainer(tmp_path, [row.make(), saver(tmp_path / "resumed")])
+    resumed, path, again = ToyModule(dropout=0.3), tmp_path / f"step={step}.ckpt", row.make()
+    fit = trainer(tmp_path, [again, saver(tmp_path / "resumed")])
     fit.fit(resumed, datamodule=toy_stream(), ckpt_path=path, weights_only=True)
     assert torch.equal(weights(resumed), straight)
+    # what only a third task would feel
+    assert_same(gathered(again.state_dict()), gathered(through.state_dict()))
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    """Nested containers hold the same values, tensors to the bit."""
+    assert type(found) is type(expected)
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for key in expected:
+            assert_same(found[key], expected[key])
+    elif isinstance(expected, (list, tuple)):
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            assert_same(one, other)
+    elif isinstance(expected, Tensor):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    else:
+        assert found == expected
 
 
 @every_stateful_method

@@ -1,9 +1,49 @@
 """Methods and measurements as Lightning callbacks."""
 
+from lightning_cl.callbacks.agem import AGEM
+from lightning_cl.callbacks.component_clip import ComponentClip
 from lightning_cl.callbacks.evaluation import ContinualEvaluation
 from lightning_cl.callbacks.ewc import EWC
+from lightning_cl.callbacks.feature_distillation import FeatureDistillation
+from lightning_cl.callbacks.freeze_except import FreezeExcept
+from lightning_cl.callbacks.gem import GEM
+from lightning_cl.callbacks.gradient_mask import GradientMask
+from lightning_cl.callbacks.gradient_projection import GradientProjection
+from lightning_cl.callbacks.half_fine_tuning import HalfFineTuning
+from lightning_cl.callbacks.l2_anchor import L2Anchor
+from lightning_cl.callbacks.lwf import LwF
+from lightning_cl.callbacks.mas import MAS
 from lightning_cl.callbacks.metrics import ContinualMetrics
+from lightning_cl.callbacks.momentum_interpolation import MomentumInterpolation
 from lightning_cl.callbacks.progress import TaskProgressBar
 from lightning_cl.callbacks.replay import ExperienceReplay
+from lightning_cl.callbacks.rwalk import RWalk
+from lightning_cl.callbacks.salient_layers import SalientLayers
+from lightning_cl.callbacks.si import SI
+from lightning_cl.callbacks.singular_subspaces import SingularSubspaceProjection
+from lightning_cl.callbacks.soft_mask import SoftMask
 
-__all__ = ["EWC", "ContinualEvaluation", "ContinualMetrics", "ExperienceReplay", "TaskProgressBar"]
+__all__ = [
+    "AGEM",
+    "EWC",
+    "GEM",
+    "MAS",
+    "SI",
+    "ComponentClip",
+    "ContinualEvaluation",
+    "ContinualMetrics",
+    "ExperienceReplay",
+    "FeatureDistillation",
+    "FreezeExcept",
+    "GradientMask",
+    "GradientProjection",
+    "HalfFineTuning",
+    "L2Anchor",
+    "LwF",
+    "MomentumInterpolation",
+    "RWalk",
+    "SalientLayers",
+    "SingularSubspaceProjection",
+    "SoftMask",
+    "TaskProgressBar",
+]

@@ -10,14 +10,14 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 from torch.nn.functional import cross_entropy, pad
 
+from lightning_cl.callbacks.measuring import is_sharded, mean_over_samples, on_any_rank, single_rows
 from lightning_cl.core.batches import BatchAdapter
 from lightning_cl.core.capture import OutputCapture, forward_loss, run_step, undisturbed
 from lightning_cl.core.checks import check_choice
-from lightning_cl.core.distributed import max_over_ranks, sum_over_ranks_
+from lightning_cl.core.distributed import max_over_ranks
 from lightning_cl.core.rng import derived_seed
 from lightning_cl.core.state import local
 from lightning_cl.core.task_data import IdentifiedData, task_batches
@@ -28,8 +28,9 @@ from lightning_cl.functional.fisher import (
     exact_fisher,
     sampled_fisher,
 )
-from lightning_cl.functional.per_sample import LayerTape, differing
+from lightning_cl.functional.per_sample import LayerTape
 from lightning_cl.functional.sample_loop import SampleLoop, accumulators, squared_sums_by_loop
+from lightning_cl.functional.sharding import differing
 
 __all__ = ["Estimator", "FisherEstimator"]
 
@@ -84,10 +85,10 @@ class FisherEstimator:
             elif self._uses_logits(pl_module):
                 with OutputCapture(pl_module, self.logits) as capture:
                     loss = run_step(pl_module, part, self.adapter)
-                    self._shifted = _on_any_rank(self._predicts_next(capture.output, part, loss), pl_module)
+                    self._shifted = on_any_rank(self._predicts_next(capture.output, part, loss), pl_module)
                     scores = capture.output.flatten(1).logsumexp(1)
                     unsure = tape.uncovered(scores, batch_size=len(scores))
-                    by_sample = _on_any_rank(bool(unsure), pl_module)
+                    by_sample = on_any_rank(bool(unsure), pl_module)
                     # labels or scores that do not fit show here, and not at the task's end
                     self._sums_from_logits(
                         SampleLoop(parameters, tape.unsharded) if by_sample else tape,
@@ -98,7 +99,7 @@ class FisherEstimator:
                         None,
                     )
             else:
-                by_sample = _on_any_rank(not self._agrees(tape, pl_module, part), pl_module)
+                by_sample = on_any_rank(not self._agrees(tape, pl_module, part), pl_module)
         # decided once: a run that resumes at another batch must measure as the straight run does
         self.by_sample = by_sample if self.by_sample is None else self.by_sample
         if by_sample:
@@ -136,12 +137,7 @@ class FisherEstimator:
                     # each rank counts from 0, and reads every world_size-th sample
                     sample_ids = sample_ids * trainer.world_size + trainer.global_rank
                 count += self._add_from_logits(tape, pl_module, batch, sample_ids, seed, sums)
-        total = sum_over_ranks_(torch.tensor(float(count), device=pl_module.device, dtype=torch.float64))
-        if not total:
-            raise ValueError("The task holds no sample to measure the Fisher information on.")
-        # sums of sharded parameters are over all ranks already
-        whole = (value.to_local() if isinstance(value, DTensor) else sum_over_ranks_(value) for value in sums.values())
-        return {name: value.div_(float(total)) for name, value in zip(sums, whole, strict=True)}
+        return mean_over_samples(sums, count, pl_module, "Fisher information")
 
     def rehearse(
         self, pl_module: LightningModule, parameters: Mapping[str, Parameter], batch: Any
@@ -166,7 +162,7 @@ class FisherEstimator:
     ) -> int:
         """Add the squares of the module's own losses on a batch to ``sums``; return the samples that count."""
         supervised = self._supervised_part(batch)
-        size, sharded = self.adapter.size(supervised), _is_sharded(tape.params)
+        size, sharded = self.adapter.size(supervised), is_sharded(tape.params)
         if size:
             batch = supervised
         elif not sharded:
@@ -176,7 +172,7 @@ class FisherEstimator:
             batched_fisher(tape.params, loss, size, into=sums, unsharded=tape.unsharded)
             tape.clear()
         elif self.by_sample or self._is_uneven(supervised, pl_module, sharded):
-            for row, idle in self._rows(size, pl_module, sharded):
+            for row, idle in single_rows(size, pl_module, sharded):
                 loss = forward_loss(pl_module, self.adapter.select(batch, [row]))
                 if self.by_sample:
                     # the open tape must not keep the graph of every sample
@@ -203,7 +199,7 @@ class FisherEstimator:
             logits = self._captured(pl_module, batch)
             return self._sums_from_logits(tape, logits, batch, sample_ids, seed, sums)
         loop, count = SampleLoop(tape.params, tape.unsharded), 0
-        for row, idle in self._rows(self.adapter.size(batch), pl_module, _is_sharded(tape.params)):
+        for row, idle in single_rows(self.adapter.size(batch), pl_module, is_sharded(tape.params)):
             single = self.adapter.select(batch, [row])
             logits = self._captured(pl_module, single)
             tape.clear()
@@ -218,13 +214,6 @@ class FisherEstimator:
         with OutputCapture(pl_module, self.logits) as capture:
             run_step(pl_module, batch, self.adapter)
         return capture.output
-
-    @staticmethod
-    def _rows(size: int, pl_module: LightningModule, sharded: bool) -> Iterator[tuple[int, bool]]:
-        """Yield rows of single samples; ranks of a sharded model with fewer of them go on with idle ones."""
-        # they must run the same forwards
-        rounds = max_over_ranks(size, pl_module.device) if sharded else size
-        return ((min(row, max(size - 1, 0)), row >= size) for row in range(rounds))
 
     def _uses_logits(self, pl_module: LightningModule) -> bool:
         return self.fisher in ("sampled", "exact") or not pl_module.automatic_optimization
@@ -314,20 +303,11 @@ class FisherEstimator:
     def _is_uneven(self, batch: Any, pl_module: LightningModule, sharded: bool) -> bool:
         """Return whether a mean over tokens weighs the samples of this batch unequally."""
         uneven = any(bool((weights != weights[:1]).any()) for weights in self._weights(batch))
-        return _on_any_rank(uneven, pl_module) if sharded else uneven
-
-
-def _on_any_rank(flag: bool, pl_module: LightningModule) -> bool:
-    # ranks of a sharded model must run the same forwards
-    return max_over_ranks(int(flag), pl_module.device) > 0
+        return on_any_rank(uneven, pl_module) if sharded else uneven
 
 
 def _of_next(labels: Tensor) -> Tensor:
     return pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX)
-
-
-def _is_sharded(parameters: Mapping[str, Tensor]) -> bool:
-    return any(isinstance(parameter, DTensor) for parameter in parameters.values())
 
 
 def _uniform(seed: int, sample_ids: Tensor, shape: torch.Size) -> Tensor:

@@ -100,6 +100,7 @@ class QuadraticPenalty(ContinualCallback):
     def _owned_by(self, step: OptimizerStep) -> _Owned:
         """Return what the step's optimizer moves of the protected; with several optimizers each is penalised once."""
         if step not in self._owned:
+            step.check_current(self.parameters, self)
             names = [name for name in self._held if name in step.parameters]
             self._owned[step] = (
                 [self.parameters[name] for name in names],

@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_cl.core.batches import BatchAdapter, Column
-from lightning_cl.core.callback import ContinualCallback
-from lightning_cl.core.capture import OutputCapture, forward_loss, move_batch, run_step, silenced, undisturbed
+from lightning_cl.callbacks.memory import ReplayMemory
+from lightning_cl.core.batches import BatchAdapter
+from lightning_cl.core.capture import forward_loss, metrics_kept, silenced
 from lightning_cl.core.card import MethodCard
 from lightning_cl.core.checks import check_automatic_optimization, check_choice, check_positive
-from lightning_cl.core.distributed import gather_rows
-from lightning_cl.core.events import TaskEvents
 from lightning_cl.core.footprint import Footprint
-from lightning_cl.core.rng import derived_seed
-from lightning_cl.core.shards import PerRank, of_all_ranks
-from lightning_cl.core.task import Task
-from lightning_cl.core.task_data import IdentifiedData, global_rows, task_batches
-from lightning_cl.memory import Drawn, IndexStorage, MmapStorage, ReplayBuffer, Storage
-from lightning_cl.memory.index import BYTES_PER_ENTRY
+from lightning_cl.memory import Drawn
 
 __all__ = ["ExperienceReplay"]
 
 
-class ExperienceReplay(ContinualCallback):
+class ExperienceReplay(ReplayMemory):
     r"""Keep a bounded memory of samples and train on some of them in every step.
 
     With the incoming batch :math:`B` and a draw :math:`B_M` from the memory, the step minimises
@@ -86,120 +78,28 @@ class ExperienceReplay(ContinualCallback):
         batch_adapter: BatchAdapter | None = None,
         seed: int = 0,
     ) -> None:
-        check_positive("capacity", capacity)
         check_positive("weight", weight)
-        if batch_size is not None:
-            check_positive("batch_size", batch_size)
         check_choice("mode", mode, ("joint", "separate"))
         if mode == "joint" and weight != 1.0:
             raise ValueError(f"`weight={weight}` belongs to `mode='separate'`; a joint forward weighs samples equally.")
-        if (storage == "mmap") != (directory is not None):
-            raise ValueError(
-                f"`directory` (a folder for its files) goes with `storage='mmap'`, got `storage={storage!r}`,"
-                f" `directory={directory!r}`."
-            )
-        if (policy == "herding") != (features is not None):
-            raise ValueError(
-                f"`features` (the name of a submodule) goes with `policy='herding'`, got `policy={policy!r}`,"
-                f" `features={features!r}`."
-            )
-        self.capacity = capacity
-        self.batch_size = batch_size
-        self.policy = policy
-        self.storage = storage
+        super().__init__(
+            capacity,
+            batch_size=batch_size,
+            policy=policy,
+            storage=storage,
+            directory=directory,
+            features=features,
+            batch_adapter=batch_adapter,
+            seed=seed,
+        )
         self.mode = mode
         self.weight = weight
-        self.directory = directory
-        self.features = features
-        self.adapter = batch_adapter or BatchAdapter()
-        self.seed = seed
-        self._presented = 0
-        self._first_epoch: int | None = None
-        self._checked = False
-        self._versions: list[tuple[str, Tensor, int]] = []
-        self.buffer = self._new_buffer(rank=0, world_size=1)
-        # class attributes of the base: a policy decides what this callback must know
-        self.boundaries = "required" if self.buffer.policy.needs_boundaries else "unused"  # type: ignore[misc]
-
-    def _new_buffer(self, rank: int, world_size: int) -> ReplayBuffer:
-        storage: str | Storage = self.storage
-        if self.directory is not None:
-            storage = MmapStorage(self.directory)
-        return ReplayBuffer(self.capacity, self.policy, storage, rank=rank, world_size=world_size, seed=self.seed)
-
-    # ------------------------------------------------------------------ set-up
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        if stage != "fit":
-            return
-        if self.mode == "separate":
+        if stage == "fit" and self.mode == "separate":
             check_automatic_optimization(pl_module, self, "mode='separate'", "Use `mode='joint'`.")
-        datamodule = trainer.datamodule  # type: ignore[attr-defined]
-        identified = self._identified(trainer)
-        if self.storage == "index" and not identified:
-            raise ValueError(
-                "`ExperienceReplay(storage='index')` reads samples again by their identity, which only a"
-                " `TaskStreamDataModule` gives. Use `storage='memory'` or `'mmap'`."
-            )
-        if identified and self.buffer.policy.needs_labels and datamodule.labels_of(torch.zeros(0).long()) is None:
-            raise ValueError(
-                f"`ExperienceReplay(policy={self.policy!r})` needs class labels, but the stream's data has none. Use"
-                " `policy='reservoir'`, or name the labels by `TaskStreamDataModule(label=...)`."
-            )
-        rank, world_size = trainer.global_rank, trainer.world_size
-        if (rank, world_size) != (self.buffer.rank, self.buffer.world_size):
-            if len(self.buffer):
-                raise ValueError(
-                    f"The memory was filled on {self.buffer.world_size} ranks and this fit has {world_size}: resume"
-                    " from a checkpoint, which redistributes it."
-                )
-            self.buffer = self._new_buffer(rank, world_size)
-        if isinstance(self.buffer.storage, IndexStorage):
-            # as the training loop gets its batches: the module's own transfer hooks may change them
-            self.buffer.storage.bind(
-                lambda ids: self.adapter.columns(move_batch(trainer, pl_module, datamodule.fetch(ids)))
-            )
-
-    @override
-    def on_task_start(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
-        # not called on a stream that hides its boundaries, where every epoch brings new samples
-        self._first_epoch = trainer.current_epoch
-
-    @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._checked = False
-
-    @override
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if not self._checked:
-            # what would fail after a step, or at the task's end, fails before the first step
-            self._check(trainer, pl_module, batch, batch_idx)
-            self._checked = True
-            leaves = self.adapter.columns(batch).items()
-            self._versions = [(path, leaf, leaf._version) for path, leaf in leaves if isinstance(leaf, Tensor)]
-
-    def _check(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        labels = global_rows(trainer, self.adapter, batch, batch_idx, 0)[2]
-        if self.buffer.policy.needs_labels and labels is None:
-            raise ValueError(
-                f"`ExperienceReplay(policy={self.policy!r})` needs one class label for each sample, and found none in"
-                " the batch. Name them by `batch_adapter=BatchAdapter(labels=...)`, or use `policy='reservoir'`."
-            )
-        if self.features is not None:
-            part = self.adapter.select(batch, [0])
-            with undisturbed(pl_module, seed=0), OutputCapture(pl_module, self.features) as capture, torch.no_grad():
-                run_step(pl_module, part, self.adapter)
-                if len(capture.output) != 1:
-                    raise ValueError(
-                        f"`features={self.features!r}` must name a submodule that returns one row for each sample, but"
-                        f" its output for one sample has shape {tuple(capture.output.shape)}."
-                    )
-
-    @staticmethod
-    def _identified(trainer: Trainer) -> bool:
-        return isinstance(trainer.datamodule, IdentifiedData)  # type: ignore[attr-defined]
+        super().setup(trainer, pl_module, stage)
 
     # ------------------------------------------------------------------ rehearsal
 
@@ -215,123 +115,20 @@ class ExperienceReplay(ContinualCallback):
         drawn = self._draw(trainer, batch) if self.mode == "separate" else None
         if drawn is None:
             return None
-        replayed = self.adapter.join(self.adapter.select(batch, slice(0, 0)), drawn.columns)
-        with silenced(pl_module):
-            loss = forward_loss(pl_module, replayed, batch_idx)
+        with silenced(pl_module), metrics_kept(pl_module):
+            loss = forward_loss(pl_module, self.as_batch(drawn, like=batch), batch_idx)
         return self.weight * loss
 
     def _draw(self, trainer: Trainer, batch: Any) -> Drawn | None:
-        size = self.batch_size or self.adapter.size(batch)
-        # micro-batches of one fit differ by their number, fits of one stream by the tasks before them
-        batches: Any = trainer.fit_loop.epoch_loop.batch_progress.total
-        step = TaskEvents.attach(trainer).completed_tasks * 2**40 + batches.processed
-        return self.buffer.draw(size, step=step)
-
-    # ------------------------------------------------------------------ memory
-
-    @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if changed := [path for path, leaf, version in self._versions if leaf._version != version]:
-            raise ValueError(
-                f"`{type(pl_module).__name__}.training_step` changes {changed[0]!r} of its batch in place, so the"
-                " memory would keep what a later step changes again. Let it work on a copy."
-            )
-        self._versions = []
-        policy = self.buffer.policy
-        # the first epoch of a task shows all its samples; later ones matter only where the latest presentation does
-        again = self._first_epoch is not None and trainer.current_epoch != self._first_epoch
-        if policy.selects_at_task_end or (again and not (policy.renews and self._identified(trainer))):
-            return
-        sample_ids, owners, labels = global_rows(trainer, self.adapter, batch, batch_idx, self._presented)
-        self._presented += len(sample_ids)
-        task = TaskEvents.attach(trainer).task
-        assert task is not None
-        columns = {} if self.storage == "index" else self.adapter.columns(batch)
-        shared = owners if self.buffer.world_size > 1 else None
-        self.buffer.insert(columns, sample_ids, labels=labels, task=task.index, owners=shared)
-
-    @override
-    def on_task_end(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
-        if not self.buffer.policy.selects_at_task_end:
-            return
-        seed = derived_seed(self.seed, "features", task.index)
-        ids, features, labels, columns = [], [], [], []
-        with undisturbed(pl_module, seed), OutputCapture(pl_module, self.features) as capture:
-            for batch, sample_ids in task_batches(trainer, pl_module, self.adapter):
-                with torch.no_grad():
-                    run_step(pl_module, batch, self.adapter)
-                found = self.adapter.labels(batch)
-                if found is None:
-                    raise ValueError("`ExperienceReplay(policy='herding')` needs labels in every batch.")
-                ids.append(sample_ids)
-                features.append(capture.output.detach().flatten(1).float().cpu())
-                labels.append(found.cpu())
-                columns.append(self.adapter.columns(batch))
-        all_ids, owners = gather_rows(torch.cat(ids))
-        if not self._identified(trainer):
-            # each fit, and each rank, counts its own samples
-            all_ids = self._presented + torch.arange(len(all_ids))
-            self._presented += len(all_ids)
-        self.buffer.offer(
-            {} if self.storage == "index" else _stack(columns),
-            all_ids,
-            labels=gather_rows(torch.cat(labels))[0],
-            task=task.index,
-            features=gather_rows(torch.cat(features))[0],
-            owners=owners,
-        )
-
-    def purge(self, sample_ids: Tensor) -> int:
-        """Remove samples for good, here and in every later checkpoint; return how many all ranks removed."""
-        return self.buffer.purge(sample_ids)
+        return self.draw(trainer, self.batch_size or self.adapter.size(batch))
 
     @override
     def footprint(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Footprint:
-        columns, size = self.adapter.columns(batch), self.adapter.size(batch)
-        share = -(-self.capacity // trainer.world_size)
-        payload = 0 if self.storage == "index" else sum(_column_bytes(c) for c in columns.values()) * share // size
-        rows = [row % size for row in range(min(self.batch_size or size, share))]
+        size = self.adapter.size(batch)
+        rows = [row % size for row in range(min(self.batch_size or size, self.share(trainer)))]
 
         def with_drawn(incoming: Any) -> Any:
             # in both modes the draw's forward lives until the backward
             return self.adapter.join(incoming, self.adapter.columns(self.adapter.select(batch, rows)))
 
-        on_disk = payload if self.storage == "mmap" else 0
-        host = BYTES_PER_ENTRY * self.capacity + payload - on_disk
-        return Footprint(host=host, disk=on_disk, batch=with_drawn)
-
-    # ------------------------------------------------------------------ checkpoints
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "presented": self._presented,
-            "first_epoch": self._first_epoch,
-            "buffer": PerRank(self.buffer.state_dict()),
-        }
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._presented = state_dict["presented"]
-        self._first_epoch = state_dict["first_epoch"]
-        self.buffer.load_state_dict(ReplayBuffer.merge_states(of_all_ranks(state_dict["buffer"])))
-
-
-def _column_bytes(column: Column) -> int:
-    if isinstance(column, Tensor):
-        return column.nbytes
-    return sum(item.nbytes if isinstance(item, Tensor) else sys.getsizeof(item) for item in column)
-
-
-def _stack(parts: list[dict[str, Column]]) -> dict[str, Column]:
-    """Join the columns of several batches; rows that differ in shape between batches become a list."""
-    joined: dict[str, Column] = {}
-    for path in parts[0]:
-        leaves = [part[path] for part in parts]
-        if all(isinstance(leaf, Tensor) and leaf.shape[1:] == leaves[0].shape[1:] for leaf in leaves):  # type: ignore[union-attr]
-            joined[path] = torch.cat([leaf.cpu() for leaf in leaves if isinstance(leaf, Tensor)])
-        else:
-            joined[path] = [row.cpu() if isinstance(row, Tensor) else row for leaf in leaves for row in leaf]
-    return joined
+        return replace(super().footprint(trainer, pl_module, batch), batch=with_drawn)

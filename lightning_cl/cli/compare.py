@@ -15,7 +15,7 @@ import yaml
 
 from lightning_cl.cli.methods import method_classes
 from lightning_cl.metrics.record import read_records
-from lightning_cl.report import print_table, summarise, write_report
+from lightning_cl.report import format_markdown, print_table, summarise, write_report
 
 __all__ = ["compare"]
 
@@ -30,7 +30,7 @@ class _Run:
 
 
 def compare(stream: str | Path, *, methods: list[str], seeds: int, output: str | Path, jobs: int = 1) -> Path:
-    """Run every method with every seed, print the table and write the report.
+    """Run every method with every seed, print the table, and write the report and ``table.md``.
 
     Each run is a process of its own, so that time and memory are its own.
 
@@ -75,7 +75,9 @@ def compare(stream: str | Path, *, methods: list[str], seeds: int, output: str |
         (run.directory / "record.json").unlink(missing_ok=True)
     _run_all(runs, jobs)
     records = read_records([run.directory for run in runs])
-    print_table(summarise(records))
+    rows = summarise(records)
+    print_table(rows)
+    (folder / "table.md").write_text(format_markdown(rows), encoding="utf-8")
     report = write_report(records, folder)
     print(f"report: {report}")
     return report

@@ -23,8 +23,9 @@ class ContinualCallback(Callback):
     Its hooks come on top of Lightning's own, and each is called for all callbacks in the order of
     ``trainer.callbacks`` before the next one is. In a training step: ``transform_batch``, ``around_step``, the module's
     own ``training_step``, ``loss_term``. In an optimizer step: ``observe_gradients``, ``change_gradients``,
-    ``limit_gradients``, Lightning's clipping and the step itself, ``change_update``, ``observe_update``. So a penalty's
-    place in the list decides neither what a path integral takes for the task's gradient nor what a mask lets move.
+    ``hold_gradients``, ``limit_gradients``, Lightning's clipping and the step itself, ``change_update``,
+    ``observe_update``. So a callback's place in the list decides neither what a path integral takes for the task's
+    gradient nor whether a penalty moves what a mask holds.
 
     Two ways to run, one behaviour: over a task stream in one ``fit``, or over any other data with one ``fit`` per
     task. In the second, what the callback learned lives on in the object, or in the checkpoint given as ``ckpt_path``.
@@ -74,11 +75,14 @@ class ContinualCallback(Callback):
     def change_gradients(self, trainer: Trainer, pl_module: LightningModule, step: OptimizerStep) -> None:
         """Add to the gradients, or turn them."""
 
-    def limit_gradients(self, trainer: Trainer, pl_module: LightningModule, step: OptimizerStep) -> None:
-        """Clip or hold what all callbacks made of the gradients, before Lightning clips them.
+    def hold_gradients(self, trainer: Trainer, pl_module: LightningModule, step: OptimizerStep) -> None:
+        """Take gradients away from what may not move.
 
         A gradient of ``None`` holds a whole tensor: torch's optimizers then touch neither it nor its state.
         """
+
+    def limit_gradients(self, trainer: Trainer, pl_module: LightningModule, step: OptimizerStep) -> None:
+        """Clip what is left, before Lightning clips."""
 
     def change_update(self, trainer: Trainer, pl_module: LightningModule, step: OptimizerStep) -> None:
         """Correct the weights after the optimizer moved them; not called when it skipped its step."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +18,17 @@ from lightning_cl.core.rng import isolated_rng
 from lightning_cl.core.state import reshard
 from lightning_cl.core.step import loss_of, run_in_forward, user_training_step
 
-__all__ = ["OutputCapture", "forward_loss", "move_batch", "run_step", "silenced", "undisturbed"]
+__all__ = [
+    "OutputCapture",
+    "class_scores",
+    "forward_loss",
+    "forward_step",
+    "metrics_kept",
+    "move_batch",
+    "run_step",
+    "silenced",
+    "undisturbed",
+]
 
 
 @contextmanager
@@ -38,7 +48,28 @@ def silenced(pl_module: LightningModule) -> Iterator[None]:
 
 
 @contextmanager
-def undisturbed(pl_module: LightningModule, seed: int) -> Iterator[None]:
+def metrics_kept(pl_module: LightningModule) -> Iterator[None]:
+    """Let the torchmetrics of the module forget what they see inside the block."""
+    metrics = [module for module in pl_module.modules() if isinstance(module, Metric)]
+    attributes = [_attributes(metric) for metric in metrics]
+    # an update may add to a tensor in place; to a list it only appends
+    states = [
+        (metric, name, state.detach().clone())
+        for metric in metrics
+        for name, state in metric.metric_state.items()
+        if isinstance(state, Tensor)
+    ]
+    try:
+        yield
+    finally:
+        for metric, saved in zip(metrics, attributes, strict=True):
+            _restore_attributes(metric, saved)
+        for metric, name, state in states:
+            setattr(metric, name, state)
+
+
+@contextmanager
+def undisturbed(pl_module: LightningModule, seed: int | None, *, as_in_step: bool = False) -> Iterator[None]:
     """Run the module in evaluation mode and leave no trace of it.
 
     ``self.log`` is silent; torchmetrics, buffers, other attributes of all submodules (a list of the epoch's losses, a
@@ -47,12 +78,11 @@ def undisturbed(pl_module: LightningModule, seed: int) -> Iterator[None]:
 
     Args:
         pl_module: The user's module.
-        seed: Seeds the generators inside the block.
+        seed: Seeds the generators inside the block; ``None`` lets them go on from where they are.
+        as_in_step: Compute without gradients and in the precision of the training step around the block, for what is
+            compared with that step.
     """
     modules = list(pl_module.modules())
-    metrics = [module for module in modules if isinstance(module, Metric)]
-    saved_metrics = [{key: _copy(value) for key, value in metric.metric_state.items()} for metric in metrics]
-    updates = [(metric._update_count, metric._computed, metric._forward_cache) for metric in metrics]
     buffers = [
         (module, name, buffer, buffer.detach().clone())
         for module in modules
@@ -60,28 +90,33 @@ def undisturbed(pl_module: LightningModule, seed: int) -> Iterator[None]:
         if buffer is not None
     ]
     attributes = [_attributes(module) for module in modules]
-    pl_module.eval()
+    training = [module.training for module in modules]
+    for module in modules:
+        # not by `eval`, which takes longer, and in which some modules merge weights
+        module.training = False
     device = pl_module.device.type
-    try:
-        with (
-            silenced(pl_module),
-            isolated_rng(seed),
-            torch.enable_grad(),
-            torch.autocast(device, enabled=False),
-            torch.compiler.set_stance("force_eager"),
-        ):
-            yield
-    finally:
-        reshard(pl_module)
-        for module, saved in zip(modules, attributes, strict=True):
-            _restore_attributes(module, saved)
-        with torch.no_grad():
-            for module, name, buffer, content in buffers:
-                module._buffers[name] = buffer.copy_(content)
-        for metric, state, update in zip(metrics, saved_metrics, updates, strict=True):
-            for key, value in state.items():
-                setattr(metric, key, value)
-            metric._update_count, metric._computed, metric._forward_cache = update
+    # around all, because what comes back last of a metric are its states
+    with metrics_kept(pl_module):
+        try:
+            with (
+                silenced(pl_module),
+                isolated_rng(seed),
+                torch.set_grad_enabled(not as_in_step),
+                # half-precision copies of weights that autocast keeps here would have no gradient in the step
+                torch.autocast(
+                    device, enabled=as_in_step and torch.is_autocast_enabled(device), cache_enabled=not as_in_step
+                ),
+                torch.compiler.set_stance("force_eager"),
+            ):
+                yield
+        finally:
+            reshard(pl_module)
+            for module, saved, mode in zip(modules, attributes, training, strict=True):
+                _restore_attributes(module, saved)
+                module.training = mode
+            with torch.no_grad():
+                for module, name, buffer, content in buffers:
+                    module._buffers[name] = buffer.copy_(content)
 
 
 def move_batch(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
@@ -91,21 +126,36 @@ def move_batch(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
+def forward_step(pl_module: LightningModule, batch: Any, batch_idx: int = 0) -> Any:
+    """Return what the user's own ``training_step`` returns, without what callbacks add to it."""
+    step, batch = user_training_step(pl_module), own_mapping(batch)
+    takes_index = is_param_in_hook_signature(step, "batch_idx", min_args=2)
+    with _default_dtype_of_training(pl_module):
+        return run_in_forward(pl_module, step, *((batch, batch_idx) if takes_index else (batch,)))
+
+
 def forward_loss(pl_module: LightningModule, batch: Any, batch_idx: int = 0) -> Tensor:
     """Return the loss of the user's own ``training_step``, without what callbacks add to it.
 
     Raises:
         ValueError: If the module returns no loss.
     """
-    step, batch = user_training_step(pl_module), own_mapping(batch)
-    takes_index = is_param_in_hook_signature(step, "batch_idx", min_args=2)
-    with _default_dtype_of_training(pl_module):
-        loss = loss_of(run_in_forward(pl_module, step, *((batch, batch_idx) if takes_index else (batch,))))
+    loss = loss_of(forward_step(pl_module, batch, batch_idx))
     if loss is None:
         raise ValueError(
             f"`{type(pl_module).__name__}.training_step` returned no loss: there is no gradient to measure."
         )
     return loss
+
+
+def class_scores(output: Any) -> Tensor | None:
+    """Return the logits in what a module returned: a floating-point tensor of at least two dimensions, or ``None``."""
+    value = output
+    if not isinstance(output, Tensor):
+        value = getattr(output, "logits", None)
+        if value is None and isinstance(output, Mapping):
+            value = output.get("logits")
+    return value if isinstance(value, Tensor) and value.ndim >= 2 and value.is_floating_point() else None
 
 
 class OutputCapture:
@@ -115,11 +165,22 @@ class OutputCapture:
         pl_module: The user's module.
         name: The submodule, such as ``"model.head"``. ``None`` takes the module itself if the step calls it, else
             the last of its direct children that returned class scores.
+        read: Returns the tensor in an output, ``None`` if there is none.
+
+    Attributes:
+        enabled: Whether outputs are recorded; one capture may be entered for a whole fit and look at parts of it.
     """
 
-    def __init__(self, pl_module: LightningModule, name: str | None = None) -> None:
+    def __init__(
+        self,
+        pl_module: LightningModule,
+        name: str | None = None,
+        read: Callable[[Any], Tensor | None] = class_scores,
+    ) -> None:
         self._pl_module = pl_module
         self._name = name
+        self._read = read
+        self.enabled = True
         self._outputs: dict[str, Tensor] = {}
         self._handles: list[Any] = []
 
@@ -144,10 +205,10 @@ class OutputCapture:
 
     def _recorder(self, name: str) -> Any:
         def record(module: nn.Module, inputs: Any, output: Any) -> None:
-            scores = _scores(output)
-            if scores is not None:
+            value = self._read(output) if self.enabled else None
+            if value is not None:
                 self._outputs.pop(name, None)
-                self._outputs[name] = scores
+                self._outputs[name] = value
 
         return record
 
@@ -208,16 +269,7 @@ def _default_dtype_of_training(pl_module: LightningModule) -> Iterator[None]:
         yield
 
 
-def _scores(output: Any) -> Tensor | None:
-    value = output
-    if not isinstance(output, Tensor):
-        value = getattr(output, "logits", None)
-        if value is None and isinstance(output, Mapping):
-            value = output.get("logits")
-    return value if isinstance(value, Tensor) and value.ndim >= 2 and value.is_floating_point() else None
-
-
-_TORCH_NAMES = vars(nn.Module()).keys() - {"training"}  # hooks, parameters, buffers, submodules
+_TORCH_NAMES = vars(nn.Module()).keys()  # hooks, parameters, buffers, submodules, the training flag
 
 
 def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
@@ -237,10 +289,6 @@ def _restore_attributes(module: nn.Module, saved: dict[str, tuple[Any, Any]]) ->
         if content is not None:
             value.clear()
             value.extend(content) if isinstance(value, list) else value.update(content)
-
-
-def _copy(value: Any) -> Any:
-    return [item.clone() for item in value] if isinstance(value, list) else value.clone()
 
 
 def _silence(*args: Any, **kwargs: Any) -> None:

@@ -9,10 +9,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 __all__ = [
+    "copy_of_rank_zero_",
     "gather_on_rank_zero",
     "gather_rows",
     "is_distributed",
     "max_over_ranks",
+    "max_over_ranks_",
     "rank",
     "sum_over_ranks_",
     "world_size",
@@ -41,13 +43,23 @@ def sum_over_ranks_(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def max_over_ranks_(tensor: Tensor) -> Tensor:
+    """Take the largest of all ranks for each element of ``tensor``, in place."""
+    if is_distributed():
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor
+
+
 def max_over_ranks(value: int, device: torch.device) -> int:
     """Return the largest ``value`` of all ranks; ``device`` is one that the process group communicates on."""
-    if not is_distributed():
-        return value
-    largest = torch.tensor(value, device=device)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return int(largest)
+    return int(max_over_ranks_(torch.tensor(value, device=device))) if is_distributed() else value
+
+
+def copy_of_rank_zero_(tensor: Tensor) -> Tensor:
+    """Give ``tensor`` the values that it has on rank 0, in place: equal sums on two devices may differ in a bit."""
+    if is_distributed():
+        dist.broadcast(tensor, src=0)
+    return tensor
 
 
 def gather_on_rank_zero(value: Any) -> list[Any] | None:

@@ -6,7 +6,7 @@ whole tensor otherwise. Elementwise mathematics therefore runs on local shards, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
 
-__all__ = ["ParameterState", "local", "reshard", "shard", "sum_over_shards"]
+__all__ = ["ParameterState", "local", "reshard", "shard", "sum_over_shards", "sum_rows_over_shards"]
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -153,6 +153,24 @@ def sum_over_shards(terms: Mapping[str, Tensor], parameters: Mapping[str, Tensor
         kinds = [Partial() if placement.is_shard() else Replicate() for placement in placements]
         whole.append(DTensor.from_local(torch.stack(parts).sum(0), mesh, kinds).full_tensor())
     return torch.stack(whole).sum(0)
+
+
+def sum_rows_over_shards(rows: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """Return rows of numbers, one for each parameter, each summed over the ranks that share that parameter.
+
+    All ranks must call this with the same parameters.
+    """
+    members: dict[Any, list[int]] = {}
+    for row, parameter in enumerate(parameters):
+        sharding = (parameter.device_mesh, parameter.placements) if isinstance(parameter, DTensor) else None
+        members.setdefault(sharding, []).append(row)
+    if not members.keys() - {None}:
+        return rows
+    terms: dict[str, Tensor] = {}
+    for group in members.values():
+        terms[str(group[0])] = torch.zeros_like(rows)
+        terms[str(group[0])][group] = rows[group]
+    return sum_over_shards(terms, {name: parameters[int(name)] for name in terms})
 
 
 def _placed(value: Tensor, parameter: DTensor) -> DTensor:

@@ -6,7 +6,7 @@ of one that was taken, and not of one that a gradient scaler skipped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["OptimizerStep", "UpdatePipeline"]
 
-_BEFORE = ("observe_gradients", "change_gradients", "limit_gradients")
+_BEFORE = ("observe_gradients", "change_gradients", "hold_gradients", "limit_gradients")
 _AFTER = ("change_update", "observe_update")
 
 
@@ -62,6 +62,20 @@ class OptimizerStep:
         """Forget the copies of the step before; their memory is used again."""
         self._before = {}
 
+    def check_current(self, parameters: Mapping[str, Parameter], user: object) -> None:
+        """Refuse a parameter in the place of one that a method keeps something for, as a head that grew has it.
+
+        Args:
+            parameters: What the method knows, by name.
+            user: The callback.
+        """
+        for name, parameter in parameters.items():
+            if self.parameters.get(name, parameter) is not parameter:
+                raise ValueError(
+                    f"`{type(user).__name__}` keeps state for {name!r}, but another parameter has taken its place since"
+                    " the fit began: it would train unprotected. Leave it out by `exclude`, or fit once per task."
+                )
+
 
 class UpdatePipeline:
     """Calls the hooks of every callback around each step of each optimizer.
@@ -72,7 +86,7 @@ class UpdatePipeline:
         callbacks: In the order of ``trainer.callbacks``.
 
     Raises:
-        ValueError: If a callback acts on gradients that the run cannot show it.
+        ValueError: If a callback acts on gradients that the run cannot show it, or on steps of ``LBFGS``.
     """
 
     def __init__(self, trainer: Trainer, pl_module: LightningModule, callbacks: Sequence[ContinualCallback]) -> None:
@@ -82,16 +96,28 @@ class UpdatePipeline:
             [getattr(callback, hook) for hook in hooks for callback in overriding(callbacks, hook)]
             for hooks in (_BEFORE, _AFTER)
         )
-        self._steps: dict[Optimizer, tuple[OptimizerStep, int]] = {}
+        self._steps: dict[Optimizer, tuple[OptimizerStep, list[int]]] = {}
         self._handles: dict[Optimizer, Any] = {}
-        for hook in (*_BEFORE, *_AFTER):
+        # the steps that Lightning has announced and the optimizer has not taken
+        self._announced: set[Optimizer] = set()
+        self._names = sorted({type(c).__name__ for hook in (*_BEFORE, *_AFTER) for c in overriding(callbacks, hook)})
+        for hook in _BEFORE:
             for callback in overriding(callbacks, hook):
                 check_gradients(trainer, pl_module, callback)
+        if self._names:
+            for optimizer in trainer.optimizers:
+                if isinstance(optimizer, torch.optim.LBFGS):
+                    raise ValueError(
+                        f"{', '.join(self._names)} act once per optimizer step, but `LBFGS` evaluates gradients several"
+                        " times in one. Use another optimizer."
+                    )
+                self._handles[optimizer] = optimizer.register_step_post_hook(self._after)
 
     def before(self, optimizer: Optimizer) -> None:
         """Run what comes before a step: called where gradients are unscaled and not yet clipped."""
-        if not self._gradient_hooks and not self._weight_hooks:
+        if not self._names:
             return
+        self._announced.add(optimizer)
         step = self._step_of(optimizer)
         step.begin()
         self._run(self._gradient_hooks, step)
@@ -103,20 +129,27 @@ class UpdatePipeline:
         self._handles, self._steps = {}, {}
 
     def _step_of(self, optimizer: Optimizer) -> OptimizerStep:
-        size = sum(len(group["params"]) for group in optimizer.param_groups)
-        if optimizer not in self._steps or self._steps[optimizer][1] != size:
-            stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        # a head that grows, or is replaced, changes them
+        stepped = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+        if optimizer not in self._steps or self._steps[optimizer][1] != stepped:
+            ids = set(stepped)
             named = self._pl_module.named_parameters()
-            step = OptimizerStep(optimizer, {name: p for name, p in named if id(p) in stepped})
+            step = OptimizerStep(optimizer, {name: p for name, p in named if id(p) in ids})
             # a stream may build its optimizers anew at a boundary
             self._steps = {o: known for o, known in self._steps.items() if o in self._trainer.optimizers}
-            self._steps[optimizer] = step, size
-        if self._weight_hooks and optimizer not in self._handles:
+            self._steps[optimizer] = step, stepped
+        if optimizer not in self._handles:
             # first seen inside its own step, whose hooks are read after it
             self._handles[optimizer] = optimizer.register_step_post_hook(self._after)
         return self._steps[optimizer][0]
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if optimizer not in self._announced:
+            raise ValueError(
+                f"{', '.join(self._names)} did not hear of a step of `{type(optimizer).__name__}`: it was stepped"
+                " behind Lightning's back. Under manual optimization step what `self.optimizers()` returns."
+            )
+        self._announced.discard(optimizer)
         self._run(self._weight_hooks, self._steps[optimizer][0])
 
     @torch.no_grad()

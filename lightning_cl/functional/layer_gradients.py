@@ -1,10 +1,11 @@
 r"""Per-sample gradients of one layer's parameters, from the layer's input and the gradient at its output.
 
 With :math:`a_i` the input of sample :math:`i` and :math:`g_i` the gradient of the loss at the output, a linear layer
-has the per-sample gradient :math:`\sum_t g_{it} a_{it}^\top` over its positions :math:`t`. Squares summed over samples
-then need one matrix product where there is a single position, :math:`(g^2)^\top a^2`, and otherwise a batched product
-over a few samples at a time. Convolutions are the same over patches of their input, embeddings scatter rows, norms
-are elementwise. Any other layer without children is handled by ``vmap`` over its own vector-Jacobian product.
+has the per-sample gradient :math:`\sum_t g_{it} a_{it}^\top` over its positions :math:`t`. Powers
+:math:`|\cdot|^p` summed over samples then need one matrix product where there is a single position,
+:math:`(|g|^p)^\top |a|^p`, and otherwise a batched product over a few samples at a time. Convolutions are the same over
+patches of their input, embeddings scatter rows, norms are elementwise. Any other layer without children is handled by
+``vmap`` over its own vector-Jacobian product.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,15 +22,20 @@ from typing_extensions import override
 
 __all__ = [
     "PerSampleGradient",
+    "Power",
     "Scratch",
-    "add_rank_one_squares_",
-    "add_squared_sums_",
+    "add_power_sums_",
+    "add_rank_one_powers_",
     "has_rank_one_gradients",
     "has_rule",
     "is_in_reach",
     "layer_input",
     "per_sample_gradient",
+    "powers",
 ]
+
+Power = Literal[1, 2]
+"""Sums are of absolute values or of squares."""
 
 # elements of per-sample gradients and patches held at once: 2 MB of float32 stay in the cache of a CPU core
 _CPU_CHUNK = 1 << 19
@@ -67,26 +73,34 @@ class PerSampleGradient(ABC):
     def materialise(self, rows: slice, scratch: Scratch | None = None) -> Tensor:
         """Return the gradients of the samples ``rows``, ``[rows, *parameter.shape]``: new, or in ``scratch``."""
 
-    def add_squares_(self, total: Tensor, scratch: Scratch) -> None:
-        """Add the sum over samples of the squared gradients to ``total``."""
-        _add_squared_sums_by_chunks_([self], total, scratch)
+    def add_powers_(self, power: Power, total: Tensor, scratch: Scratch) -> None:
+        """Add the sum over samples of the gradients' powers to ``total``."""
+        _add_power_sums_by_chunks_([self], power, total, scratch)
 
 
-def add_squared_sums_(parts: Sequence[PerSampleGradient], total: Tensor, scratch: Scratch) -> None:
-    """Add the sum over samples of the squared gradient to ``total``, of the parameter's shape.
+def powers(gradient: Tensor, power: Power) -> Tensor:
+    """Return :math:`|g|` or :math:`g^2`."""
+    return gradient.square() if power == 2 else gradient.abs()
+
+
+def add_power_sums_(parts: Sequence[PerSampleGradient], power: Power, total: Tensor, scratch: Scratch) -> None:
+    """Add the sum over samples of the gradient's power to ``total``, of the parameter's shape.
 
     Args:
-        parts: One entry for each call that the parameter took part in; they are summed before they are squared.
+        parts: One entry for each call that the parameter took part in; they are summed before the power is taken.
+        power: Of the absolute value.
         total: Changed in place.
         scratch: Overwritten.
     """
     if len(parts) == 1:
-        parts[0].add_squares_(total, scratch)
+        parts[0].add_powers_(power, total, scratch)
     else:
-        _add_squared_sums_by_chunks_(parts, total, scratch)
+        _add_power_sums_by_chunks_(parts, power, total, scratch)
 
 
-def _add_squared_sums_by_chunks_(parts: Sequence[PerSampleGradient], total: Tensor, scratch: Scratch) -> None:
+def _add_power_sums_by_chunks_(
+    parts: Sequence[PerSampleGradient], power: Power, total: Tensor, scratch: Scratch
+) -> None:
     budget = _CPU_CHUNK if total.device.type == "cpu" else _GPU_CHUNK
     size = max(1, budget // sum(part.footprint for part in parts))
     for start in range(0, parts[0].batch, size):
@@ -94,7 +108,7 @@ def _add_squared_sums_by_chunks_(parts: Sequence[PerSampleGradient], total: Tens
         gradient = parts[0].materialise(rows, scratch)
         for part in parts[1:]:
             gradient += part.materialise(rows)
-        total += gradient.square_().sum(0)
+        total += (gradient.square_() if power == 2 else gradient.abs_()).sum(0)
 
 
 class _Direct(PerSampleGradient):
@@ -109,8 +123,8 @@ class _Direct(PerSampleGradient):
         return self.gradient[rows].clone()
 
     @override
-    def add_squares_(self, total: Tensor, scratch: Scratch) -> None:
-        total += self.gradient.square().sum(0)
+    def add_powers_(self, power: Power, total: Tensor, scratch: Scratch) -> None:
+        total += powers(self.gradient, power).sum(0)
 
 
 class _Outer(PerSampleGradient):
@@ -172,13 +186,13 @@ class _Rows(PerSampleGradient):
         return table.scatter_add_(1, index.unsqueeze(-1).expand_as(self.gradient[rows]), self.gradient[rows])
 
     @override
-    def add_squares_(self, total: Tensor, scratch: Scratch) -> None:
-        # one row for each different (sample, index), so that a repeated index is summed before it is squared
+    def add_powers_(self, power: Power, total: Tensor, scratch: Scratch) -> None:
+        # one row for each different (sample, index), so that a repeated index is summed before the power is taken
         offset = torch.arange(self.batch, device=self.index.device).unsqueeze(1) * self.num_rows
         pairs, where = (self.index + offset).unique(return_inverse=True)
         sums = self.gradient.new_zeros(len(pairs), self.gradient.shape[-1])
         sums.index_add_(0, where.flatten(), self.gradient.flatten(0, 1))
-        total.index_add_(0, pairs % self.num_rows, sums.square_())
+        total.index_add_(0, pairs % self.num_rows, powers(sums, power))
 
 
 class _Mapped(PerSampleGradient):
@@ -302,19 +316,20 @@ def has_rank_one_gradients(layer: nn.Module, inputs: Any) -> bool:
     return type(layer).forward is nn.Linear.forward and isinstance(inputs, Tensor) and inputs.dim() == 2
 
 
-def add_rank_one_squares_(name: str, gradient_squares: Tensor, inputs: Tensor, total: Tensor) -> None:
-    r"""Add :math:`(g^2)^\top a^2` for the weight or :math:`\sum_i g_i^2` for the bias of a linear layer to ``total``.
+def add_rank_one_powers_(name: str, gradient_powers: Tensor, inputs: Tensor, power: Power, total: Tensor) -> None:
+    r"""Add :math:`(|g|^p)^\top |a|^p` for the weight or :math:`\sum_i |g_i|^p` for the bias of a linear layer.
 
     Args:
         name: ``weight`` or ``bias``.
-        gradient_squares: Squared gradients at the output ``[B, out]``, summed over several losses if there are.
+        gradient_powers: Powers of the gradients at the output ``[B, out]``, summed over several losses if there are.
         inputs: The layer's input, ``[B, in]``.
+        power: :math:`p`.
         total: Changed in place.
     """
     if name == "bias":
-        total += gradient_squares.sum(0)
+        total += gradient_powers.sum(0)
     else:
-        total.addmm_(gradient_squares.t(), inputs.detach().to(total.dtype).square())
+        total.addmm_(gradient_powers.t(), powers(inputs.detach().to(total.dtype), power))
 
 
 def _linear(layer: Any, name: str, gradient: Tensor, inputs: Tensor) -> PerSampleGradient:

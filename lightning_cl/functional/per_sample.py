@@ -1,7 +1,8 @@
-r"""Sums over samples of squared per-sample gradients, :math:`\sum_i (\nabla_\theta \ell_i)^2`, from one backward pass.
+r"""Sums over samples of squared or absolute per-sample gradients, :math:`\sum_i |\nabla_\theta \ell_i|^p`.
 
-A :class:`LayerTape` keeps the input and the output edge of every layer that owns a wanted parameter, asks autograd for
-the gradients at those outputs only (no weight gradient is computed) and forms the squares from the two. It assumes
+They come from one backward pass. A :class:`LayerTape` keeps the input and the output edge of every layer that owns a
+wanted parameter, asks autograd for the gradients at those outputs only (no weight gradient is computed) and forms the
+powers from the two. It assumes
 that dimension 0 of a layer's input counts the samples, and that a parameter acts through calls of the layer that owns
 it. :meth:`LayerTape.uncovered` checks both against autograd; what it names is left to a
 :class:`~lightning_cl.functional.sample_loop.SampleLoop`.
@@ -24,19 +25,21 @@ from typing_extensions import Self
 
 from lightning_cl.functional.layer_gradients import (
     PerSampleGradient,
+    Power,
     Scratch,
-    add_rank_one_squares_,
-    add_squared_sums_,
+    add_power_sums_,
+    add_rank_one_powers_,
     has_rank_one_gradients,
     has_rule,
     is_in_reach,
     layer_input,
     per_sample_gradient,
+    powers,
 )
 from lightning_cl.functional.sample_loop import accumulators, squared_sums_by_loop
-from lightning_cl.functional.sharding import ShardedSums, UnshardedWeights, check_layout, root_mean_squares
+from lightning_cl.functional.sharding import ShardedSums, UnshardedWeights, check_layout, differing, root_mean_squares
 
-__all__ = ["LayerTape", "differing"]
+__all__ = ["LayerTape"]
 
 
 @dataclass
@@ -55,12 +58,12 @@ class _Call:
 
 
 class LayerTape:
-    r"""Record the calls of layers in a forward pass, then square per-sample gradients without a loop over samples.
+    r"""Record the calls of layers in a forward pass, then sum powers of per-sample gradients without a loop over them.
 
     A context manager: hooks stand while it is open, and each use of the records ends them, so one tape serves a whole
     dataset. The model must not mix samples: batch normalisation must be in eval mode.
 
-    Under ``fully_shard``, all ranks must run the same passes. The squares of one parameter at a time stand in full on a
+    Under ``fully_shard``, all ranks must run the same passes. The powers of one parameter at a time stand in full on a
     rank, before they are summed over the ranks into a shard.
 
     Args:
@@ -155,34 +158,59 @@ class LayerTape:
             ValueError: If a recorded layer was not called with one row for each sample.
             RuntimeError: If an input of a layer was changed in place after the call.
         """
+        return self._power_sums(2, outputs, cotangents, batch_size, into, retain_graph, idle)
+
+    def absolute_sums(
+        self,
+        outputs: Tensor,
+        cotangents: Iterable[Tensor] | None = None,
+        *,
+        batch_size: int,
+        into: Mapping[str, Tensor] | None = None,
+        retain_graph: bool = False,
+        idle: bool = False,
+    ) -> dict[str, Tensor]:
+        r"""Return :math:`\sum_c \sum_i |\nabla_\theta \langle v_{ci}, z_i \rangle|`, else as :meth:`squared_sums`."""
+        return self._power_sums(1, outputs, cotangents, batch_size, into, retain_graph, idle)
+
+    def _power_sums(
+        self,
+        power: Power,
+        outputs: Tensor,
+        cotangents: Iterable[Tensor] | None,
+        batch_size: int,
+        into: Mapping[str, Tensor] | None,
+        retain_graph: bool,
+        idle: bool,
+    ) -> dict[str, Tensor]:
         totals = accumulators(self.params, into)
         with self._backward(retain_graph):
             if self._refused:
                 name, reason = next(iter(self._refused.items()))
                 raise ValueError(f"Per-sample gradients of {name!r} are out of reach: {reason}")
             calls_of = self._calls_by_name()
-            squares: dict[int, Tensor] = {}  # sums over cotangents, for layers whose squares need only these
+            summed: dict[int, Tensor] = {}  # powers over cotangents, for layers whose sums need only these
             for cotangent, last in _with_last(_given_or_ones(outputs, cotangents)):
                 gradients = self._output_gradients(outputs, cotangent, retain_graph or not last)
                 for number, gradient in gradients.items():
                     _check(self._calls[number], batch_size)
                     if self._is_rank_one(number, calls_of):
                         gradient = gradient.to(totals[next(iter(self._calls[number].names.values()))].dtype)
-                        if number in squares:
-                            squares[number].addcmul_(gradient, gradient)
+                        if number in summed:
+                            summed[number] += powers(gradient, power)
                         else:
-                            squares[number] = gradient.square()
+                            summed[number] = powers(gradient, power)
                 sums = ShardedSums()
                 for name, total in totals.items():
                     numbers = calls_of.get(name, [])
-                    by_squares = any(number in squares for number in numbers)
-                    if by_squares and not last:
+                    rank_one = any(number in summed for number in numbers)
+                    if rank_one and not last:
                         continue
-                    with _full(total, sums) as full:
-                        if by_squares and not idle:
-                            self._add_rank_one_squares_(numbers[0], name, squares, full)
+                    with sums.full(total) as full:
+                        if rank_one and not idle:
+                            self._add_rank_one_powers_(numbers[0], name, summed, power, full)
                         elif not idle and (parts := self._parts(name, numbers, gradients, total.dtype)):
-                            add_squared_sums_(parts, full, self._scratch)
+                            add_power_sums_(parts, power, full, self._scratch)
                 sums.flush()
         return totals
 
@@ -222,12 +250,12 @@ class LayerTape:
                 sums = ShardedSums()
                 for name, total in found.items():
                     numbers = calls_of.get(name, [])
-                    with _full(total, sums) as full:
+                    with sums.full(total) as full:
                         try:
                             for number in numbers:
                                 _check(self._calls[number], batch_size)
                             if parts := self._parts(name, numbers, gradients, total.dtype):
-                                add_squared_sums_(parts, full, self._scratch)
+                                add_power_sums_(parts, 2, full, self._scratch)
                         except (RuntimeError, ValueError) as error:
                             # whatever a foreign layer cannot do, the caller can do by a loop
                             reasons.setdefault(name, str(error))
@@ -292,10 +320,12 @@ class LayerTape:
         once = all(calls_of[name] == [number] for name in call.names.values())
         return once and has_rank_one_gradients(call.layer, layer_input(call.args, call.kwargs))
 
-    def _add_rank_one_squares_(self, number: int, name: str, squares: Mapping[int, Tensor], total: Tensor) -> None:
+    def _add_rank_one_powers_(
+        self, number: int, name: str, summed: Mapping[int, Tensor], power: Power, total: Tensor
+    ) -> None:
         call = self._calls[number]
         local = next(local for local, of in call.names.items() if of == name)
-        add_rank_one_squares_(local, squares[number], layer_input(call.args, call.kwargs), total)
+        add_rank_one_powers_(local, summed[number], layer_input(call.args, call.kwargs), power, total)
 
     def _output_gradients(self, outputs: Tensor, cotangent: Tensor, retain_graph: bool) -> dict[int, Tensor]:
         """Return the gradients at the outputs of the calls that ``outputs`` depends on, by number of the call."""
@@ -356,30 +386,3 @@ def _with_last(items: Iterable[Tensor]) -> Iterator[tuple[Tensor, bool]]:
         following = next(iterator, None)
         yield current, following is None
         current = following
-
-
-def differing(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float) -> list[str]:
-    """Return the names whose sums of squares differ by more than rounding; of sharded ones all ranks must ask.
-
-    Args:
-        found: Sums of squared gradients by name.
-        expected: Those of another way, in the same placements.
-        tolerance: Largest relative error, of the root of the squared gradients, that is taken for rounding.
-    """
-    roots = {name: square.sqrt() for name, square in expected.items()}
-    sizes = root_mean_squares(roots)
-    errors = root_mean_squares({name: found[name].sqrt() - root for name, root in roots.items()})
-    # gradients that are 0 but for rounding differ by all of themselves
-    noise = 1e-3 * tolerance * max(sizes.values(), default=0.0)
-    return [name for name, size in sizes.items() if not errors[name] <= tolerance * size + noise]
-
-
-@contextmanager
-def _full(total: Tensor, sums: ShardedSums) -> Iterator[Tensor]:
-    """Give the tensor to add to: ``total``, or zeros of its full shape that join a sharded one."""
-    if not isinstance(total, DTensor):
-        yield total
-        return
-    full = torch.zeros(total.shape, dtype=total.dtype, device=total.device_mesh.device_type)
-    yield full
-    sums.add(total, full)

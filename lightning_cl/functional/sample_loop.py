@@ -1,4 +1,4 @@
-"""Squared per-sample gradients by a plain loop: slow, right for any model, and the reference for the fast way."""
+"""Sums over per-sample gradients by a plain loop: slow, right for any model, and the reference for the fast way."""
 
 from __future__ import annotations
 
@@ -10,9 +10,17 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
+from lightning_cl.functional.layer_gradients import Power, powers
 from lightning_cl.functional.sharding import ShardedSums, UnshardedWeights
 
-__all__ = ["SampleLoop", "SquaredGradients", "accumulators", "squared_sums_by_loop"]
+__all__ = [
+    "AbsoluteGradients",
+    "SampleLoop",
+    "SquaredGradients",
+    "absolute_sums_by_loop",
+    "accumulators",
+    "squared_sums_by_loop",
+]
 
 
 class SquaredGradients(Protocol):
@@ -27,6 +35,21 @@ class SquaredGradients(Protocol):
         into: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """Return the sums described at :meth:`LayerTape.squared_sums`."""
+        ...
+
+
+class AbsoluteGradients(Protocol):
+    """What the sensitivity of outputs needs: a :class:`LayerTape` or a :class:`SampleLoop`."""
+
+    def absolute_sums(
+        self,
+        outputs: Tensor,
+        cotangents: Iterable[Tensor] | None = None,
+        *,
+        batch_size: int,
+        into: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """Return the sums described at :meth:`LayerTape.absolute_sums`."""
         ...
 
 
@@ -53,6 +76,29 @@ def squared_sums_by_loop(
     Raises:
         ValueError: If a parameter is sharded and ``unsharded`` is not given.
     """
+    return _power_sums(2, losses, params, into, unsharded, idle)
+
+
+def absolute_sums_by_loop(
+    losses: Iterable[Tensor],
+    params: Mapping[str, Tensor],
+    into: Mapping[str, Tensor] | None = None,
+    *,
+    unsharded: UnshardedWeights | None = None,
+    idle: bool = False,
+) -> dict[str, Tensor]:
+    r"""Return :math:`\sum_i |\nabla_\theta \ell_i|`, otherwise as :func:`squared_sums_by_loop`."""
+    return _power_sums(1, losses, params, into, unsharded, idle)
+
+
+def _power_sums(
+    power: Power,
+    losses: Iterable[Tensor],
+    params: Mapping[str, Tensor],
+    into: Mapping[str, Tensor] | None,
+    unsharded: UnshardedWeights | None,
+    idle: bool,
+) -> dict[str, Tensor]:
     if unsharded is None and (sharded := [name for name, param in params.items() if isinstance(param, DTensor)]):
         raise ValueError(
             f"Gradients of single losses do not reach sharded parameters such as {sharded[0]!r} without the tensors"
@@ -60,11 +106,12 @@ def squared_sums_by_loop(
         )
     totals = accumulators(params, into)
     for loss in losses if params else ():
-        _add_squares(loss, params, totals, unsharded, idle)
+        _add_powers(power, loss, params, totals, unsharded, idle)
     return totals
 
 
-def _add_squares(
+def _add_powers(
+    power: Power,
     loss: Tensor,
     params: Mapping[str, Tensor],
     totals: Mapping[str, Tensor],
@@ -76,7 +123,7 @@ def _add_squares(
     def reducing(total: DTensor) -> Callable[[Tensor], Tensor]:
         def reduce(gradient: Tensor) -> Tensor:
             value = gradient.to(total.dtype)
-            sums.add(total, torch.zeros_like(value) if idle else value.square())
+            sums.add(total, torch.zeros_like(value) if idle else powers(value, power))
             # of all that autograd collects, this takes no memory
             return gradient.new_zeros(()).expand_as(gradient)
 
@@ -100,7 +147,10 @@ def _add_squares(
         total = totals[name]
         if gradient is not None and not isinstance(total, DTensor) and not idle:
             gradient = gradient.to(total.dtype)
-            total.addcmul_(gradient, gradient)
+            if power == 2:
+                total.addcmul_(gradient, gradient)
+            else:
+                total.add_(gradient.abs())
 
 
 class SampleLoop:
@@ -130,18 +180,38 @@ class SampleLoop:
         Raises:
             ValueError: If ``outputs`` has not one row for each sample.
         """
+        losses = self._losses(outputs, cotangents, batch_size)
+        return squared_sums_by_loop(losses, self.params, into, unsharded=self.unsharded)
+
+    def absolute_sums(
+        self,
+        outputs: Tensor,
+        cotangents: Iterable[Tensor] | None = None,
+        *,
+        batch_size: int,
+        into: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """Return the sums described at :meth:`LayerTape.absolute_sums`.
+
+        Raises:
+            ValueError: If ``outputs`` has not one row for each sample.
+        """
+        losses = self._losses(outputs, cotangents, batch_size)
+        return absolute_sums_by_loop(losses, self.params, into, unsharded=self.unsharded)
+
+    @staticmethod
+    def _losses(outputs: Tensor, cotangents: Iterable[Tensor] | None, batch_size: int) -> Iterable[Tensor]:
         if outputs.dim() == 0 or len(outputs) != batch_size:
             raise ValueError(
                 f"A loop over samples needs outputs with {batch_size} rows, got shape {tuple(outputs.shape)}."
                 " Give it one sample at a time, or the losses before their reduction."
             )
         cotangents = [torch.ones_like(outputs)] if cotangents is None else cotangents
-        rows = (
+        return (
             (row * weight.to(row.dtype)).sum()
             for cotangent in cotangents
             for row, weight in zip(outputs, cotangent, strict=True)
         )
-        return squared_sums_by_loop(rows, self.params, into, unsharded=self.unsharded)
 
 
 def accumulators(params: Mapping[str, Tensor], into: Mapping[str, Tensor] | None) -> dict[str, Tensor]:

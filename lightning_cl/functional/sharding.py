@@ -7,6 +7,7 @@ over all ranks. What moves is what a gradient moves in training: one reduce-scat
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
-__all__ = ["ShardedSums", "UnshardedWeights", "check_layout", "root_mean_squares"]
+__all__ = ["ShardedSums", "UnshardedWeights", "check_layout", "differing", "root_mean_squares"]
 
 # elements that wait to be reduced together: 32 MB of float32
 _BUCKET = 1 << 23
@@ -72,6 +73,16 @@ class ShardedSums:
             self.flush()
         self._waiting.append((total, rows))
         self._elements += rows.numel()
+
+    @contextmanager
+    def full(self, total: Tensor) -> Iterator[Tensor]:
+        """Give the tensor to add to: ``total``, or zeros of its full shape that join a sharded one."""
+        if not isinstance(total, DTensor):
+            yield total
+            return
+        full = torch.zeros(total.shape, dtype=total.dtype, device=total.device_mesh.device_type)
+        yield full
+        self.add(total, full)
 
     def flush(self) -> None:
         """Reduce what waits."""
@@ -149,6 +160,22 @@ def root_mean_squares(tensors: Mapping[str, Tensor]) -> dict[str, float]:
                 dist.all_reduce(joined, group=first.device_mesh.get_group(axis))
         sums.update(zip(names, joined, strict=True))
     return {name: (float(total) / max(tensors[name].numel(), 1)) ** 0.5 for name, total in sums.items()}
+
+
+def differing(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float) -> list[str]:
+    """Return the names whose sums of squares differ by more than rounding; of sharded ones all ranks must ask.
+
+    Args:
+        found: Sums of squared gradients by name.
+        expected: Those of another way, in the same placements.
+        tolerance: Largest relative error, of the root of the squared gradients, that is taken for rounding.
+    """
+    roots = {name: square.sqrt() for name, square in expected.items()}
+    sizes = root_mean_squares(roots)
+    errors = root_mean_squares({name: found[name].sqrt() - root for name, root in roots.items()})
+    # gradients that are 0 but for rounding differ by all of themselves
+    noise = 1e-3 * tolerance * max(sizes.values(), default=0.0)
+    return [name for name, size in sizes.items() if not errors[name] <= tolerance * size + noise]
 
 
 def _own_parameters(block: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:

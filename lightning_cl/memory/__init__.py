@@ -1,7 +1,8 @@
 """Replay memory: a buffer of earlier samples, the policies that fill it, and the storages that hold it."""
 
-from lightning_cl.memory.buffer import Drawn, ReplayBuffer, Samples
+from lightning_cl.memory.buffer import ReplayBuffer
 from lightning_cl.memory.policies import ClassBalanced, Herding, Policy, Reservoir, Ring, TaskEndPolicy
+from lightning_cl.memory.samples import Drawn, Samples
 from lightning_cl.memory.storage import Columns, IndexStorage, MemoryStorage, MmapStorage, Storage
 
 __all__ = [

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,41 +15,10 @@ from lightning_cl.memory import state as states
 from lightning_cl.memory.hashing import Int64Array
 from lightning_cl.memory.index import Entries, Index
 from lightning_cl.memory.policies import Policy, TaskEndPolicy
+from lightning_cl.memory.samples import Drawn, Samples
 from lightning_cl.memory.storage import Columns, Storage
 
-__all__ = ["Drawn", "ReplayBuffer", "Samples"]
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Metadata of stored samples, each of shape ``[n]``, int64 and on the CPU.
-
-    Attributes:
-        sample_ids: Identity of each sample.
-        labels: Label of each sample, None if the buffer was given none.
-        tasks: Index of the task in which each sample came.
-        owners: Rank that keeps the payload of each sample.
-    """
-
-    sample_ids: Tensor
-    labels: Tensor | None
-    tasks: Tensor
-    owners: Tensor
-
-    def __len__(self) -> int:
-        return len(self.sample_ids)
-
-
-@dataclass(frozen=True)
-class Drawn(Samples):
-    """Drawn samples: metadata, and copies of the payload.
-
-    Attributes:
-        columns: The rows of each column: a tensor of shape ``[n, ...]``; a list of tensors if the column was given as
-            one or its rows differ in shape; a list of Python values.
-    """
-
-    columns: dict[str, Tensor | list[Any]]
+__all__ = ["ReplayBuffer"]
 
 
 class ReplayBuffer:
@@ -209,7 +177,13 @@ class ReplayBuffer:
         which = np.concatenate(chosen)
         self._admit(batch.take(which), np.concatenate(keys), columns, column_rows[which])
 
-    def draw(self, size: int, *, step: int, stream: int = 0) -> Drawn | None:
+    def count(self, tasks: Collection[int]) -> Tensor:
+        """Return how many samples of these tasks each rank keeps, int64 ``[world_size]``, the same on every rank."""
+        index = self._index
+        owners = index.owners[: self.total][np.isin(index.tasks[: self.total], list(tasks))]
+        return torch.from_numpy(np.bincount(owners, minlength=self.world_size))
+
+    def draw(self, size: int, *, step: int, stream: int = 0, tasks: Collection[int] | None = None) -> Drawn | None:
         """Draw from this rank's samples uniformly, without replacement.
 
         The same content, seed, rank, step and stream give the same draw; a resumed run draws what the straight run
@@ -219,16 +193,22 @@ class ReplayBuffer:
             size: Samples to draw, from 1; if there are fewer, all of them come, in random order.
             step: Number of the draw, from 0, usually the global step.
             stream: From 0; tells apart independent draws in one step.
+            tasks: Indices of the tasks to draw from; all if None.
 
         Returns:
-            Copies of the drawn samples, or None if this rank has none.
+            Copies of the drawn samples, or None if this rank has none of these tasks.
         """
         if size < 1:
             raise ValueError(f"`size` must be at least 1, got {size!r}.")
-        if not len(self):
+        among = None
+        if tasks is not None:
+            among = np.flatnonzero(np.isin(self._index.tasks[self._index.local_rows], list(tasks)))
+        available = len(self) if among is None else len(among)
+        if not available:
             return None
         seed = derived_seed(self.seed, self.rank, step, stream)
-        slots = _choose(len(self), min(size, len(self)), torch.Generator().manual_seed(seed))
+        slots = _choose(available, min(size, available), torch.Generator().manual_seed(seed))
+        slots = slots if among is None else among[slots]
         samples = self._samples(self._index.local_rows[slots])
         columns = self.storage.read(slots, samples.sample_ids)
         return Drawn(samples.sample_ids, samples.labels, samples.tasks, samples.owners, columns)

@@ -2,13 +2,14 @@
 
 from lightning_cl.metrics.record import RunRecord, WithinTask, read_records, write_record
 from lightning_cl.report.html import write_report
-from lightning_cl.report.table import MethodRow, Statistic, format_table, print_table, summarise
+from lightning_cl.report.table import MethodRow, Statistic, format_markdown, format_table, print_table, summarise
 
 __all__ = [
     "MethodRow",
     "RunRecord",
     "Statistic",
     "WithinTask",
+    "format_markdown",
     "format_table",
     "print_table",
     "read_records",

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torchmetrics import SumMetric
 
 from lightning_cl import ContinualCallback, ExperienceReplay, TaskStreamDataModule
 from lightning_cl.core import BatchAdapter, Task
@@ -356,6 +357,33 @@ def test_separate_steps_twice_and_logs_once(tmp_path: Path) -> None:
     fit_stream(tmp_path, [replay], module=module, stream=toy_stream(epochs_per_task=1))
     assert module.sizes == [8, 8, 8, 8, 10, 8, 10, 8, 10, 8, 10]
     assert module.logged == 6
+
+
+class Measuring(ToyModule):
+    """Counts the samples of its steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = SumMetric()
+        self.latest: list[float] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.total(float(len(batch[1])))
+        return super().training_step(batch, batch_idx)
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.latest.append(float(self.total._forward_cache))
+
+
+def test_metrics_of_a_separate_step_count_the_incoming_batch(tmp_path: Path) -> None:
+    """What the user's step measures in training is about the present data; in a joint step it sees the mixed batch."""
+    module = Measuring()
+    fit_stream(tmp_path, [ExperienceReplay(12, batch_size=5, mode="separate")], module=module)
+    assert module.latest == [8] * 12
+    assert module.total.compute() == 12 * 8
+    joint = Measuring()
+    fit_stream(tmp_path, [ExperienceReplay(12, batch_size=5)], module=joint)
+    assert joint.latest == [8] + [13] * 11
 
 
 def test_the_weight_of_a_separate_loss(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import OneCycleLR, StepLR
 
-from lightning_cl import EWC, ExperienceReplay
+from lightning_cl import EWC, ComponentClip, ExperienceReplay, GradientMask
 from toys import ToyModule, fit_stream, toy_data, toy_stream
 from users import UserModule
 
@@ -148,3 +148,16 @@ def test_both_hold_the_first_task(tmp_path: Path) -> None:
     nothing, together = old_loss([]), old_loss(both())
     for method in both():
         assert together < old_loss([method]) < 0.8 * nothing
+
+
+def test_a_mask_comes_before_clipping_in_either_order(tmp_path: Path) -> None:
+    """What may not move does not count in the norm."""
+    found = [
+        fit_stream(tmp_path, methods)
+        for methods in (
+            [GradientMask(0.3), ComponentClip(0.05)],
+            [ComponentClip(0.05), GradientMask(0.3)],
+        )
+    ]
+    assert torch.equal(*found)
+    assert not torch.equal(found[0], fit_stream(tmp_path, [GradientMask(0.3)]))

@@ -134,6 +134,7 @@ def test_compare_runs_methods_and_writes_the_report(tmp_path: Path, capfd: pytes
     assert [name in table for name in ("finetune", "both", "joint", "forgetting")] == [True] * 4
     assert {path.parent.parent.name for path in output.rglob("record.json")} == {"finetune", "both", "joint"}
     assert "both" in (output / "report.html").read_text()
+    assert (output / "table.md").read_text().splitlines()[2].startswith("| `finetune` (lower bound) |")
     main(["report", str(output), "--output", str(tmp_path / "again")])
     assert (tmp_path / "again" / "report.html").stat().st_size > 10_000
 

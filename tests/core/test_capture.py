@@ -15,10 +15,19 @@ from torch.nn.functional import cross_entropy, nll_loss
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.aggregation import CatMetric, MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+from torchmetrics.wrappers import MinMaxMetric
 
 from lightning_cl import ContinualCallback
 from lightning_cl.core.batches import BatchAdapter
-from lightning_cl.core.capture import OutputCapture, forward_loss, move_batch, run_step, silenced, undisturbed
+from lightning_cl.core.capture import (
+    OutputCapture,
+    forward_loss,
+    metrics_kept,
+    move_batch,
+    run_step,
+    silenced,
+    undisturbed,
+)
 from toys import NUM_CLASSES, NUM_FEATURES, ToyModule, toy_loaders, trainer
 
 
@@ -131,6 +140,65 @@ def test_undisturbed_leaves_no_trace(used: bool, tmp_path: Path) -> None:
     assert module.scores.compute()
 
 
+class Measured(ToyModule):
+    """Has metrics of every kind and a counter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.accuracy = MulticlassAccuracy(NUM_CLASSES)
+        self.scores = MetricCollection([MulticlassF1Score(NUM_CLASSES), MulticlassAccuracy(NUM_CLASSES)])
+        self.all_values = CatMetric()
+        self.total = Total()
+        self.extremes = MinMaxMetric(MulticlassAccuracy(NUM_CLASSES))
+        self.seen = 0
+
+    def see(self, seed: int) -> None:
+        """Show the metrics some random predictions."""
+        predicted = torch.randn(9, NUM_CLASSES, generator=torch.Generator().manual_seed(seed))
+        labels = torch.arange(9) % NUM_CLASSES
+        for metric in (self.accuracy, self.extremes):
+            metric(predicted, labels)
+        self.scores.update(predicted, labels)
+        if seed == 2:
+            self.scores.compute()
+        self.all_values(predicted)
+        self.total.update(predicted)
+        self.seen += 1
+
+    def measured(self) -> dict[str, Any]:
+        """What the metrics say of all that they saw, and of the latest batch."""
+        metrics = {name: metric for name, metric in self.named_children() if name != "model"}
+        latest = {name: getattr(metric, "_forward_cache", None) for name, metric in metrics.items()}
+        return {"latest": latest} | {name: metric.compute() for name, metric in metrics.items()}
+
+
+@pytest.mark.parametrize("before", [0, 1, 2])
+def test_metrics_forget_what_they_saw_in_a_block(before: int) -> None:
+    """They go on as without it, whether they had seen anything or not; the module's other attributes are left alone."""
+    module, expected = Measured(), Measured()
+    for one in (module, expected):
+        for seed in range(10, 10 + before):
+            one.see(seed)
+    with metrics_kept(module):
+        module.see(1)
+        module.see(2)
+    assert module.seen == before + 2
+    assert module.total.total == 9 * before
+    torch.testing.assert_close(module.accuracy._forward_cache, expected.accuracy._forward_cache, rtol=0, atol=0)
+    for one in (module, expected):
+        one.see(3)
+    torch.testing.assert_close(module.measured(), expected.measured(), rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="inside"), metrics_kept(module):
+        fail_after(module.see)
+    torch.testing.assert_close(module.measured(), expected.measured(), rtol=0, atol=0)
+
+
+def fail_after(see: Any) -> None:
+    """Raise in a step that has shown its metrics something."""
+    see(4)
+    raise RuntimeError("inside")
+
+
 def test_undisturbed_ends_with_an_error_too(tmp_path: Path) -> None:
     """A refusal inside leaves the module as it was."""
     module = Busy()
@@ -164,6 +232,34 @@ def test_undisturbed_turns_autocast_off() -> None:
         with undisturbed(module, seed=0):
             assert module(INPUTS).dtype == torch.float32
         assert module(INPUTS).dtype == torch.bfloat16
+
+
+def test_as_in_step_computes_as_the_step_does() -> None:
+    """In its precision, without gradients and seed; copies of weights that autocast keeps would outlive the block."""
+    module = ToyModule(dropout=0.5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        state = torch.get_rng_state()
+        with undisturbed(module, None, as_in_step=True):
+            assert torch.equal(torch.get_rng_state(), state)
+            output = module(INPUTS)
+            assert torch.equal(module(INPUTS), output)
+        assert output.dtype == torch.bfloat16
+        assert not output.requires_grad
+        for parameter in module.parameters():
+            parameter.data = torch.zeros_like(parameter)
+        assert not module(INPUTS).any()
+
+
+def test_a_capture_may_look_away(tmp_path: Path) -> None:
+    """One that stays for a whole fit."""
+    module = attached(ToyModule(), tmp_path)
+    with OutputCapture(module) as capture:
+        capture.enabled = False
+        forward_loss(module, (INPUTS, LABELS))
+        assert capture.found is None
+        capture.enabled = True
+        forward_loss(module, (INPUTS, LABELS))
+        assert len(capture.output) == 5
 
 
 def test_silence_keeps_a_log_of_the_module_itself() -> None:

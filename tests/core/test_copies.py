@@ -110,6 +110,46 @@ def test_saved_and_restored() -> None:
         fresh.place(ToyModule())
 
 
+def test_widened() -> None:
+    """What grew keeps its corner, beside what the module has; what shrank or went is left for `place` to refuse."""
+    module, copy = ToyModule(), WeightCopy("Test")
+    copy.take(module)
+    start = {name: p.detach().clone() for name, p in module.named_parameters()}
+    module.model[3] = nn.Linear(8, 6)
+    changed(module)
+    copy.widen(module)
+    found = copy.state_dict()["weights"]
+    for name in ("model.3.weight", "model.3.bias"):
+        assert torch.equal(found[name][:4], start[name])
+        assert torch.equal(found[name][4:], module.get_parameter(name)[4:])
+    assert torch.equal(found["model.0.weight"], start["model.0.weight"])
+    copy.place(module)
+    module.model[3] = nn.Linear(8, 5)
+    copy.widen(module)
+    assert copy.state_dict()["weights"]["model.3.bias"].shape == (6,)
+    del module.model[3]
+    copy.widen(module)
+    with pytest.raises(ValueError, match=r"weights kept by `Test` has 'model\.3.*no such trainable parameter"):
+        copy.place(module)
+
+
+def test_placed_for_an_evaluation() -> None:
+    """What trains plays no part then, but what is kept must be there, before and behind a checkpoint."""
+    module, copy = Normalised(), WeightCopy("Test")
+    copy.take(module)
+    restored = WeightCopy("Test")
+    restored.load_state_dict(copy.state_dict())
+    module.requires_grad_(True)
+    module.model[0].requires_grad_(False)
+    for kept in (copy, restored):
+        with pytest.raises(ValueError, match=r"has no entry for \['model\.3"):
+            kept.place(module)
+        kept.place(module, to_train=False)
+        assert set(kept.state_dict()["weights"]) == {f"model.{i}.{kind}" for i in (0, 4) for kind in ("weight", "bias")}
+        with pytest.raises(ValueError, match="no such trainable parameter"):
+            kept.place(nn.Linear(2, 2), to_train=False)
+
+
 def test_bytes_are_those_of_the_copy() -> None:
     """Trainable parameters and persistent buffers; frozen ones are shared."""
     module, copy = Normalised(), WeightCopy("Test")

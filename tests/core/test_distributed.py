@@ -29,6 +29,7 @@ def test_one_process_needs_no_group() -> None:
     assert owners.tolist() == [0, 0]
     assert distributed.gather_on_rank_zero("state") == ["state"]
     assert distributed.sum_over_ranks_(torch.tensor(3.0)) == 3.0
+    assert distributed.copy_of_rank_zero_(torch.tensor(4.0)) == 4.0
     assert distributed.max_over_ranks(3, CPU) == 3
 
 
@@ -52,6 +53,7 @@ def collect() -> dict[str, Any]:
         "labels": labels,
         "first": distributed.gather_on_rank_zero({"rank": rank}),
         "sum": distributed.sum_over_ranks_(torch.tensor([float(rank), 1.0])),
+        "copy": distributed.copy_of_rank_zero_(torch.tensor([float(rank) + 7])),
         "max": distributed.max_over_ranks(10 - rank, CPU),
     }
 
@@ -66,6 +68,7 @@ def test_ranks_agree_in_rank_order(three_ranks: Ranks) -> None:
         assert result["owners"].tolist() == [1, 2, 2]
         assert result["labels"].tolist() == [0, 1, 2, 0, 1, 0]
         assert result["sum"].tolist() == [3.0, 3.0]
+        assert result["copy"].tolist() == [7.0]
         assert result["max"] == 10
     assert results[0]["first"] == [{"rank": 0}, {"rank": 1}, {"rank": 2}]
     assert results[1]["first"] is None

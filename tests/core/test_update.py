@@ -16,7 +16,14 @@ from lightning_cl import ContinualCallback
 from lightning_cl.core.update import OptimizerStep
 from toys import ToyModule, fit_stream, toy_stream, trainer, weights
 
-HOOKS = ("observe_gradients", "change_gradients", "limit_gradients", "change_update", "observe_update")
+HOOKS = (
+    "observe_gradients",
+    "change_gradients",
+    "hold_gradients",
+    "limit_gradients",
+    "change_update",
+    "observe_update",
+)
 
 
 class Noting(ContinualCallback):
@@ -66,16 +73,16 @@ def test_every_hook_of_all_callbacks_comes_before_the_next_hook(tmp_path: Path) 
     callbacks = [Noting("a", calls), Doubling(), Noting("b", calls)]
     fit_stream(tmp_path, callbacks, max_steps=2, gradient_clip_val=1e-3)
     assert [call[:2] for call in calls] == [(hook, name) for hook in HOOKS for name in "ab"] * 2
-    raw, changed, limited = calls[0][2], calls[2][2], calls[4][2]
+    raw, changed, limited = calls[0][2], calls[2][2], calls[6][2]
     assert torch.equal(calls[1][2], raw)
     assert torch.equal(calls[3][2], 2 * raw)
     assert torch.equal(changed, raw)  # `a` comes before the callback that changes them
     assert torch.equal(limited, 2 * raw)
-    assert calls[6][2].norm() < 1e-3  # Lightning clipped them before the step
-    before, moved, corrected = calls[0][3], calls[6][3], calls[8][3]
+    assert calls[8][2].norm() < 1e-3  # Lightning clipped them before the step
+    before, moved, corrected = calls[0][3], calls[8][3], calls[10][3]
     torch.testing.assert_close(corrected, (before + moved) / 2)
     assert not torch.equal(before, moved)
-    assert calls[0][4] is calls[10][4]
+    assert calls[0][4] is calls[12][4]
 
 
 def test_once_for_each_optimizer_step(tmp_path: Path) -> None:
@@ -119,7 +126,7 @@ def test_several_optimizers_under_manual_optimization(tmp_path: Path) -> None:
     calls: list[Any] = []
     fit_stream(tmp_path, [Noting("a", calls)], module=Adversarial(), max_steps=2)
     assert [list(call[4].parameters) for call in calls] == (
-        [["model.0.weight", "model.0.bias"]] * 5 + [["model.3.weight", "model.3.bias"]] * 5
+        [["model.0.weight", "model.0.bias"]] * 6 + [["model.3.weight", "model.3.bias"]] * 6
     )
 
 
@@ -146,7 +153,23 @@ def test_a_group_added_to_an_optimizer(tmp_path: Path) -> None:
 
     calls: list[Any] = []
     fit_stream(tmp_path, [Noting("a", calls), Adding()], module=FirstLayer(), max_steps=2)
-    assert [len(call[4].parameters) for call in calls] == [2] * 5 + [4] * 5
+    assert [len(call[4].parameters) for call in calls] == [2] * 6 + [4] * 6
+
+
+def test_a_parameter_that_takes_the_place_of_another(tmp_path: Path) -> None:
+    """A new head in the old one's place in the optimizer is what the step moves."""
+
+    class Replacing(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+            if trainer.global_step == 1:
+                head = torch.nn.Parameter(torch.zeros_like(pl_module.model[3].weight))
+                pl_module.model[3].weight = trainer.optimizers[0].param_groups[0]["params"][2] = head
+
+    calls: list[Any] = []
+    module = ToyModule()
+    fit_stream(tmp_path, [Noting("a", calls), Replacing()], module=module, max_steps=2)
+    assert calls[6][4].parameters["model.3.weight"] is module.model[3].weight
+    assert calls[0][4] is not calls[6][4]
 
 
 def test_a_step_that_the_scaler_skips_moves_nothing(tmp_path: Path) -> None:
@@ -162,7 +185,7 @@ def test_a_step_that_the_scaler_skips_moves_nothing(tmp_path: Path) -> None:
     precision = MixedPrecision("16-mixed", device="cpu", scaler=scaler)
     fit_stream(tmp_path, [Noting("a", calls)], module=Infinite(), plugins=[precision])
     counts = [sum(call[0] == hook for call in calls) for hook in HOOKS]
-    assert counts == [12, 12, 12, 8, 8]
+    assert counts == [12, 12, 12, 12, 8, 8]
 
 
 def test_hooks_are_taken_off(tmp_path: Path) -> None:
@@ -190,6 +213,45 @@ def test_nothing_is_registered_for_who_acts_on_no_step(tmp_path: Path) -> None:
             assert not trainer.optimizers[0]._optimizer_step_post_hooks
 
     assert torch.equal(fit_stream(tmp_path, [ContinualCallback(), Looking()]), fit_stream(tmp_path))
+
+
+class Behind(Adversarial):
+    """Steps an optimizer that Lightning does not wrap."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        optimizer = self.optimizers(use_pl_optimizer=False)[0]
+        optimizer.zero_grad()
+        self.manual_backward(cross_entropy(self(batch[0]), batch[1]))
+        optimizer.step()
+
+
+def test_a_step_behind_lightning_s_back_is_refused(tmp_path: Path) -> None:
+    """No callback would hear of it, and the model would train unprotected."""
+    with pytest.raises(ValueError, match=r"`?Doubling`? did not hear of a step of `SGD`.*self\.optimizers\(\)"):
+        fit_stream(tmp_path, [Doubling()], module=Behind())
+    fit_stream(tmp_path, [ContinualCallback()], module=Behind())
+
+
+def test_lbfgs_is_refused(tmp_path: Path) -> None:
+    """It evaluates gradients several times in a step."""
+    module = ToyModule()
+    module.configure_optimizers = lambda: torch.optim.LBFGS(module.parameters())  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="Doubling act once per optimizer step, but `LBFGS`"):
+        fit_stream(tmp_path, [Doubling()], module=module)
+
+
+class Reading(ContinualCallback):
+    """Only reads weights after a step."""
+
+    def observe_update(self, trainer: Trainer, pl_module: LightningModule, step: OptimizerStep) -> None:
+        assert step.parameters
+
+
+def test_sparse_gradients_are_no_matter_for_who_reads_weights(tmp_path: Path) -> None:
+    """What acts on no gradient is not refused for them."""
+    module = ToyModule()
+    module.table = torch.nn.Embedding(3, 2, sparse=True)
+    fit_stream(tmp_path, [Reading()], module=module, max_steps=1)
 
 
 def test_sparse_gradients_are_refused(tmp_path: Path) -> None:

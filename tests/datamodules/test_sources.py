@@ -130,6 +130,12 @@ def test_digits_parts():
     assert label == parts["train"].labels[7]
     with pytest.raises(ValueError, match=r"`split` must be one of \('train', 'val', 'test'\), got 'dev'"):
         DigitsSource("dev")
+    odd = DigitsSource("train", target="odd")
+    assert (odd.labels + 2 * odd.domains == parts["train"].labels).all()
+    assert [int(odd[row][1]) for row in range(9)] == odd.labels[:9].tolist()
+    assert torch.equal(odd.columns[0], parts["train"].columns[0])
+    with pytest.raises(ValueError, match="`target` must be one of 'digit', 'odd', got 'even'"):
+        DigitsSource(target="even")
 
 
 # ---------------------------------------------------------------- text files

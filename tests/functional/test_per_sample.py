@@ -10,7 +10,13 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
-from lightning_cl.functional import LayerTape, SampleLoop, layer_gradients, squared_sums_by_loop
+from lightning_cl.functional import (
+    LayerTape,
+    SampleLoop,
+    absolute_sums_by_loop,
+    layer_gradients,
+    squared_sums_by_loop,
+)
 from ranks import Ranks
 
 BATCH = 5
@@ -155,9 +161,9 @@ def _losses(model, inputs):
     return (outputs.flatten(1).sin() * weights).sum(1)
 
 
-def _reference(model, inputs, wanted=None):
+def _reference(model, inputs, wanted=None, by_loop=squared_sums_by_loop):
     params = {n: p for n, p in model.named_parameters() if p.requires_grad and (wanted is None or n in wanted)}
-    return squared_sums_by_loop((_losses(model, inputs[i : i + 1]).sum() for i in range(BATCH)), params)
+    return by_loop((_losses(model, inputs[i : i + 1]).sum() for i in range(BATCH)), params)
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
@@ -173,6 +179,25 @@ def test_equals_a_loop_over_samples(monkeypatch, name, chunk):
         losses = _losses(model, inputs)
         assert tape.uncovered(losses, batch_size=BATCH) == {}
         torch.testing.assert_close(tape.squared_sums(losses.sum(), batch_size=BATCH), expected)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("chunk", [100, 1 << 19])
+@pytest.mark.parametrize("name", CASES)
+def test_absolute_values_equal_a_loop_over_samples(monkeypatch, name, chunk):
+    """A sample's gradient is summed over positions and calls before its absolute value is taken, and not after."""
+    monkeypatch.setattr(layer_gradients, "_CPU_CHUNK", chunk)
+    model, inputs = _case(name)
+    params = dict(model.named_parameters())
+    sums = {name: torch.zeros_like(p) for name, p in params.items()}
+    for sample in inputs.split(1):
+        for total, gradient in zip(
+            sums.values(), torch.autograd.grad(_losses(model, sample).sum(), list(params.values())), strict=True
+        ):
+            total += gradient.abs()
+    torch.testing.assert_close(_reference(model, inputs, by_loop=absolute_sums_by_loop), sums)
+    with LayerTape(model, params) as tape:
+        torch.testing.assert_close(tape.absolute_sums(_losses(model, inputs).sum(), batch_size=BATCH), sums)
 
 
 @pytest.mark.parametrize("name", ["linear", "conv2d", "batch norm of images", "layer norm", "foreign layer", "network"])
@@ -235,8 +260,13 @@ def test_several_cotangents(name):
         actual = tape.squared_sums(outputs, iter(cotangents), batch_size=BATCH)
     loop = SampleLoop(params).squared_sums(model(inputs), iter(cotangents), batch_size=BATCH)
     torch.testing.assert_close(actual, loop)
-    rows = ((model(inputs)[i] * c[i]).sum() for c in cotangents for i in range(BATCH))
+    rows = [(model(inputs)[i] * c[i]).sum() for c in cotangents for i in range(BATCH)]
     torch.testing.assert_close(actual, squared_sums_by_loop(rows, params))
+    with LayerTape(model, params) as tape:
+        absolute = tape.absolute_sums(model(inputs), iter(cotangents), batch_size=BATCH)
+    torch.testing.assert_close(absolute, absolute_sums_by_loop(rows, params))
+    loop = SampleLoop(params).absolute_sums(model(inputs), iter(cotangents), batch_size=BATCH)
+    torch.testing.assert_close(absolute, loop)
 
 
 def test_graph_and_records_are_kept_on_request():

@@ -161,6 +161,28 @@ def test_draw_is_uniform_without_replacement():
     assert (total - 1000).square().sum() / 750 < 43.8  # variance of a draw of 5 of 20: 4000 * 1/4 * 3/4
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_draw_from_some_tasks(world_size, team):
+    """Only from these, each of their samples as likely; all of them if as many are asked for."""
+    ranks = team(world_size, 60)
+    for task in range(3):
+        ranks.insert(torch.arange(10 * task, 10 * task + 10), task=task)
+    for buffer in ranks.buffers:
+        mine = buffer.sample_ids.tolist()
+        for tasks, known in (([1], range(10, 20)), (range(2), range(20)), ([0, 2], [*range(10), *range(20, 30)])):
+            drawn = buffer.draw(60, step=0, tasks=tasks)
+            assert sorted(drawn.sample_ids.tolist()) == sorted(set(mine) & set(known))
+            assert set(drawn.tasks.tolist()) == set(tasks)
+            assert drawn.columns["image"][:, 0].tolist() == drawn.sample_ids.tolist()
+            assert buffer.count(tasks).tolist() == [len(set(b.sample_ids.tolist()) & set(known)) for b in ranks.buffers]
+        assert buffer.draw(5, step=0, tasks=[3]) is None
+        assert buffer.count([3]).tolist() == [0] * world_size
+        assert buffer.count([]).tolist() == [0] * world_size
+        few = [tuple(buffer.draw(2, step=step, tasks=[1]).sample_ids.tolist()) for step in range(60)]
+        assert {i for pair in few for i in pair} == set(mine) & set(range(10, 20))
+        assert few == [tuple(buffer.draw(2, step=step, tasks=[1]).sample_ids.tolist()) for step in range(60)]
+
+
 def test_draw_gives_all_there_is_and_copies():
     """Fewer samples than asked for; what is drawn may be changed."""
     buffer = ReplayBuffer(3)

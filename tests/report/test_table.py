@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from lightning_cl.report import Statistic, format_table, print_table, summarise
+from lightning_cl.report import Statistic, format_markdown, format_table, print_table, summarise
 from lightning_cl.report.table import COLUMNS, best, filled_columns
 
 
@@ -106,3 +106,16 @@ def test_text_table(make_record, capsys):
     assert lines[4].startswith("joint (upper bound)")
     assert "–" in lines[4]
     assert "memory" not in text
+
+
+def test_markdown_has_means_and_intervals(make_record):
+    """Of two runs the interval is 12.7 standard errors; of one there is none; time and memory are left out."""
+    text = format_markdown(summarise([make_record("ewc", 0), make_record("ewc", 1), make_record("joint", 0)]))
+    head, rule, ewc, joint = text.splitlines()
+    assert head.startswith("| method | runs | average accuracy | forgetting |")
+    assert "time" not in head
+    assert rule.count("|") == head.count("|") == ewc.count("|") == joint.count("|")
+    statistic = summarise([make_record("ewc", 0), make_record("ewc", 1)])[0].values["average_accuracy"]
+    assert f"{statistic.mean:.3f} ± {12.706 * statistic.std / math.sqrt(2):.3f}" in ewc
+    assert joint.startswith("| `joint` (upper bound) | 1 | ")
+    assert "±" not in joint

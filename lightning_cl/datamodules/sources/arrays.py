@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_cl.core.checks import check_choice
 from lightning_cl.core.imports import require
 from lightning_cl.datamodules.sources.base import MappedArray, TableSource, stratified_split
 
@@ -71,21 +72,32 @@ class DigitsSource(TableSource):
         split: ``"train"`` (1078 images), ``"val"`` or ``"test"``.
         seed: Seed of the split; give the three parts the same.
         flatten: Inputs of shape ``[64]``; otherwise ``[1, 8, 8]``.
+        target: What is learned: the ``"digit"``, or whether it is ``"odd"``. The domain of a sample is its pair of
+            digits (0 and 1 are pair 0), so that both targets split into the same tasks.
 
     Raises:
         ImportError: If scikit-learn is not installed.
+        ValueError: If ``target`` is unknown.
     """
 
     def __init__(
-        self, split: Literal["train", "val", "test"] = "train", *, seed: int = 0, flatten: bool = True
+        self,
+        split: Literal["train", "val", "test"] = "train",
+        *,
+        seed: int = 0,
+        flatten: bool = True,
+        target: Literal["digit", "odd"] = "digit",
     ) -> None:
+        check_choice("target", target, ("digit", "odd"))
         digits = require("sklearn.datasets", extra="examples").load_digits()
         labels = digits.target.astype(np.int64)
         chosen = stratified_split(labels, split, seed, shares=(0.6, 0.2, 0.2))
         images = torch.from_numpy(digits.images[chosen].astype(np.float32) / 16)
+        targets = labels[chosen] % 2 if target == "odd" else labels[chosen]
         super().__init__(
-            [images.flatten(1) if flatten else images[:, None], torch.from_numpy(labels[chosen])],
-            labels=labels[chosen],
+            [images.flatten(1) if flatten else images[:, None], torch.from_numpy(targets)],
+            labels=targets,
+            domains=labels[chosen] // 2,
         )
 
 

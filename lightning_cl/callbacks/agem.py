@@ -1,0 +1,130 @@
+"""Averaged gradient episodic memory (Chaudhry et al. 2019, arXiv:1812.00420)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_cl.callbacks.reference_gradients import GradientTable, ReferenceGradients
+from lightning_cl.core.batches import BatchAdapter
+from lightning_cl.core.capture import forward_step, undisturbed
+from lightning_cl.core.card import MethodCard
+from lightning_cl.core.task import Task
+from lightning_cl.functional.agem import agem_coefficient
+
+__all__ = ["AGEM"]
+
+
+class AGEM(ReferenceGradients):
+    r"""Take from each step what would raise the loss on a draw from earlier tasks.
+
+    With the gradient g of the step and the gradient :math:`g_{ref}` of the loss on a draw from the memory of **all
+    earlier tasks**, from the second task on the optimizer gets
+
+    .. math:: \tilde g = g - \frac{g^\top g_{ref}}{g_{ref}^\top g_{ref}} \, g_{ref}
+        \qquad \text{if } g^\top g_{ref} < 0, \text{ else } \tilde g = g,
+
+    the nearest gradient with :math:`\tilde g^\top g_{ref} \ge 0`. Products are over all parameters that the optimizer
+    steps, on all ranks and shards. The draw goes through the module's ``training_step`` once per optimizer step; g is
+    what accumulation, and the callbacks before this one, made of it, and clipping comes after.
+
+    Args:
+        capacity: Samples in memory, over all ranks together.
+        batch_size: Samples drawn for each rank and step; as many as the incoming batch holds if ``None``.
+        policy: Which samples stay: ``"reservoir"`` (uniform over all seen), ``"class_balanced"``, ``"ring"`` (equal
+            shares for tasks, the latest samples of each), ``"herding"`` (nearest to the class mean, needs
+            ``features``).
+        storage: ``"memory"``, ``"mmap"`` (on disk, needs ``directory``) or ``"index"`` (identities only; samples are
+            read from the stream's dataset again).
+        directory: Folder of the memory-mapped files.
+        features: Name of the submodule whose output is the feature vector, for ``"herding"``.
+        batch_adapter: Reads batches of an uncommon structure.
+        seed: Seed of the memory's choices and draws.
+
+    Raises:
+        ValueError: For a setting out of range; at the start of a fit for manual optimization, for fp16 with a gradient
+            scaler, for ``"index"`` without a task stream, for a policy that needs labels on data without, and for a
+            training step that masks the classes of other tasks.
+    """
+
+    card: ClassVar[MethodCard] = MethodCard(
+        name="agem",
+        family="gradient projection",
+        paper="Chaudhry et al. 2019, arXiv:1812.00420",
+        needs="task boundaries; automatic optimization",
+        state="capacity samples over all ranks; 1 float32 per parameter while it trains",
+    )
+
+    def __init__(
+        self,
+        capacity: int,
+        *,
+        batch_size: int | None = None,
+        policy: str = "reservoir",
+        storage: Literal["memory", "mmap", "index"] = "memory",
+        directory: str | Path | None = None,
+        features: str | None = None,
+        batch_adapter: BatchAdapter | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            capacity,
+            batch_size=batch_size,
+            policy=policy,
+            storage=storage,
+            directory=directory,
+            features=features,
+            batch_adapter=batch_adapter,
+            seed=seed,
+        )
+
+    @override
+    def constraints(self, task: Task) -> list[range]:
+        return [range(task.index)]
+
+    @override
+    def _check(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        super()._check(trainer, pl_module, batch, batch_idx)
+        if _masks_other_tasks(pl_module, batch, batch_idx):
+            raise ValueError(
+                f"`AGEM` takes one loss on samples of all earlier tasks, but `{type(pl_module).__name__}.training_step`"
+                " masks the classes of all tasks but the present one. Use `head_mask='seen'`, or `GEM`, which takes"
+                " the loss on each task under that task's own mask."
+            )
+
+    @override
+    def coefficients(self, products: Tensor, table: GradientTable) -> Tensor:
+        return agem_coefficient(products, table.gram().diagonal())
+
+
+@runtime_checkable
+class _MaskingModule(Protocol):
+    """A module with the mixin `MaskedHead`, or one that works alike."""
+
+    head_mask: str
+
+    def mask_logits(self, logits: Tensor) -> Tensor: ...
+
+
+def _masks_other_tasks(pl_module: LightningModule, batch: Any, batch_idx: int) -> bool:
+    """Return whether the module's training step masks scores by task, for which it runs once, unseen."""
+    if not isinstance(pl_module, _MaskingModule) or pl_module.head_mask != "task":
+        return False
+    own, masked = pl_module.mask_logits, []
+
+    def mask_logits(logits: Tensor) -> Tensor:
+        allowed = own(logits)
+        masked.append(not torch.equal(allowed, logits))
+        return allowed
+
+    with undisturbed(pl_module, seed=0):
+        object.__setattr__(pl_module, "mask_logits", mask_logits)
+        # the mask may be one for evaluation
+        pl_module.training = True
+        forward_step(pl_module, batch, batch_idx)
+    return any(masked)

@@ -1,0 +1,135 @@
+"""Gradient episodic memory (Lopez-Paz and Ranzato 2017, arXiv:1706.08840)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_cl.callbacks.reference_gradients import GradientTable, ReferenceGradients
+from lightning_cl.core.batches import BatchAdapter
+from lightning_cl.core.card import MethodCard
+from lightning_cl.core.checks import check_choice, check_positive
+from lightning_cl.core.task import Task
+from lightning_cl.functional.gem import gem_coefficients
+
+__all__ = ["GEM"]
+
+
+class GEM(ReferenceGradients):
+    r"""Take from each step what would raise the loss on the memory of any earlier task.
+
+    With the gradient g of the step and the gradients :math:`g_k` of the losses on the memory of **each earlier task**,
+    from the second task on the optimizer gets the solution of
+
+    .. math:: \min_{\tilde g} \frac{1}{2} \lVert \tilde g - g \rVert^2
+        \quad \text{subject to} \quad \tilde g^\top g_k \ge 0 \;\text{ for all } k < t,
+
+    which is :math:`\tilde g = g + \sum_k v_k g_k` with the solution v of a program in as many variables as there are
+    earlier tasks, solved exactly. Products are over all parameters that the optimizer steps, on all ranks and shards.
+    Each step runs the module's ``training_step`` once for each earlier task, so it costs more with every task; the
+    module's ``current_task`` is the earlier one meanwhile, for heads that depend on it.
+
+    Args:
+        capacity: Samples in memory, over all ranks together.
+        batch_size: Samples drawn for each rank, step and earlier task; all that the rank keeps of it if ``None``.
+        margin: :math:`\gamma`, from 0, added to every :math:`v_k` in a step with a conflict. It favours the earlier
+            tasks beyond what the constraints ask for.
+        mode: What ``margin`` does: ``"added"``, :math:`v^* + \gamma` as in the paper, or ``"bound"``, the solution
+            subject to :math:`v \ge \gamma` as in the authors' code.
+        policy: Which samples stay: ``"ring"`` (equal shares for tasks, the latest samples of each, as in the paper),
+            ``"reservoir"`` (uniform over all seen), ``"class_balanced"``, ``"herding"`` (nearest to the class mean,
+            needs ``features``).
+        storage: ``"memory"``, ``"mmap"`` (on disk, needs ``directory``) or ``"index"`` (identities only; samples are
+            read from the stream's dataset again).
+        directory: Folder of the memory-mapped files.
+        features: Name of the submodule whose output is the feature vector, for ``"herding"``.
+        batch_adapter: Reads batches of an uncommon structure.
+        seed: Seed of the memory's choices and draws.
+
+    Raises:
+        ValueError: For a setting out of range; at the start of a fit for manual optimization, for fp16 with a gradient
+            scaler, for ``"index"`` without a task stream, and for a policy that needs labels on data without.
+    """
+
+    card: ClassVar[MethodCard] = MethodCard(
+        name="gem",
+        family="gradient projection",
+        paper="Lopez-Paz and Ranzato 2017, arXiv:1706.08840",
+        needs="task boundaries; automatic optimization",
+        state="capacity samples over all ranks; 1 float32 per parameter and earlier task while it trains",
+    )
+
+    def __init__(
+        self,
+        capacity: int,
+        *,
+        batch_size: int | None = None,
+        margin: float = 0.0,
+        mode: Literal["added", "bound"] = "added",
+        policy: str = "ring",
+        storage: Literal["memory", "mmap", "index"] = "memory",
+        directory: str | Path | None = None,
+        features: str | None = None,
+        batch_adapter: BatchAdapter | None = None,
+        seed: int = 0,
+    ) -> None:
+        check_positive("margin", margin, zero_allowed=True)
+        check_choice("mode", mode, ("added", "bound"))
+        super().__init__(
+            capacity,
+            batch_size=batch_size,
+            policy=policy,
+            storage=storage,
+            directory=directory,
+            features=features,
+            batch_adapter=batch_adapter,
+            seed=seed,
+        )
+        self.margin = margin
+        self.mode = mode
+        self._past: dict[int, Task] = {}
+
+    @override
+    def constraints(self, task: Task) -> list[range]:
+        return [range(index, index + 1) for index in range(task.index)]
+
+    @override
+    def size_of_draw(self, incoming: Any) -> int:
+        return self.batch_size or self.capacity
+
+    @override
+    def coefficients(self, products: Tensor, table: GradientTable) -> Tensor:
+        return gem_coefficients(table.gram(), products, self.margin, self.mode)
+
+    # ------------------------------------------------------------------ the task of a pass
+
+    @override
+    def on_task_start(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
+        super().on_task_start(trainer, pl_module, task)
+        self._past[task.index] = task
+
+    @override
+    @contextmanager
+    def posing(self, pl_module: LightningModule, tasks: range) -> Iterator[None]:
+        present: Any = pl_module.current_task
+        pl_module.current_task = self._past[tasks.start]  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            pl_module.current_task = present
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "past": [asdict(task) for task in self._past.values()]}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._past = {task["index"]: Task(**task) for task in state_dict["past"]}
