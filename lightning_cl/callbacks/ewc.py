@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 from typing_extensions import override
 
 from lightning_cl.callbacks.fisher import Estimator, FisherEstimator
-from lightning_cl.callbacks.penalty import QuadraticPenalty
+from lightning_cl.callbacks.measured import MeasuredPenalty
 from lightning_cl.core.batches import BatchAdapter
 from lightning_cl.core.card import MethodCard
-from lightning_cl.core.checks import check_choice, check_positive, select_parameters
-from lightning_cl.core.footprint import Footprint
-from lightning_cl.core.rng import derived_seed
-from lightning_cl.core.state import local, sum_over_shards
-from lightning_cl.core.task import Task
+from lightning_cl.core.checks import check_choice, check_positive
+from lightning_cl.core.state import sum_over_shards
 from lightning_cl.functional.ewc import merge_online_, merge_separate_
 
 __all__ = ["EWC"]
 
 
-class EWC(QuadraticPenalty):
+class EWC(MeasuredPenalty):
     r"""Hold the weights that mattered for earlier tasks near the values they had.
 
     From the second task on, the step minimises the task's loss plus
@@ -76,7 +73,6 @@ class EWC(QuadraticPenalty):
         logits: str | None = None,
         batch_adapter: BatchAdapter | None = None,
     ) -> None:
-        super().__init__(strength, include=include, exclude=exclude)
         check_choice("mode", mode, ("online", "separate"))
         if not 0 <= decay <= 1:
             raise ValueError(f"`decay` must be from 0 to 1, got {decay!r}.")
@@ -84,33 +80,14 @@ class EWC(QuadraticPenalty):
             raise ValueError(f"`decay={decay}` belongs to `mode='online'`; separate quadratics do not fade.")
         if n_samples is not None:
             check_positive("n_samples", n_samples)
+        estimator = FisherEstimator(fisher, batch_adapter or BatchAdapter(), n_samples, logits)
+        super().__init__(strength, estimator, include=include, exclude=exclude)
         self.fisher = fisher
         self.mode = mode
         self.decay = decay
-        self.estimator = FisherEstimator(fisher, batch_adapter or BatchAdapter(), n_samples, logits)
-        self._checked = False
-
-    # ------------------------------------------------------------------ set-up
 
     @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
-        self._checked = False
-
-    @override
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if not self._checked:
-            # what would fail at the task's end fails before the first step
-            self.estimator.check(pl_module, self.parameters, batch)
-            self._checked = True
-
-    # ------------------------------------------------------------------ consolidation
-
-    @override
-    def on_task_end(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
-        self.warn_of_thawed(pl_module)
-        new = self.estimator.estimate(trainer, pl_module, self.parameters, derived_seed("fisher", task.index))
-        weights = self.present_weights()
+    def merge(self, new: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
         if not self.importance:
             self.protect(new, weights)
             return
@@ -125,25 +102,3 @@ class EWC(QuadraticPenalty):
                 for name, total, term in zip(names, fisher, added, strict=True)
             }
             self._constant += float(sum_over_shards(rises, self.parameters))
-
-    @override
-    def footprint(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Footprint:
-        parameters = select_parameters(pl_module, self.include, self.exclude)
-
-        def consolidate() -> Any:
-            new = self.estimator.rehearse(pl_module, parameters, batch)
-            return new, {name: local(p.detach()).to(new[name].dtype, copy=True) for name, p in parameters.items()}
-
-        # Fisher terms and anchors
-        return Footprint(device=2 * self._copy_bytes(pl_module), task_end=consolidate)
-
-    # ------------------------------------------------------------------ checkpoints
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "by_sample": self.estimator.by_sample}
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        self.estimator.by_sample = state_dict["by_sample"]

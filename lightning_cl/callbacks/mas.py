@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 from typing_extensions import override
 
-from lightning_cl.callbacks.penalty import QuadraticPenalty
+from lightning_cl.callbacks.measured import MeasuredPenalty
 from lightning_cl.callbacks.sensitivity import OutputSensitivity
 from lightning_cl.core.batches import BatchAdapter
 from lightning_cl.core.card import MethodCard
-from lightning_cl.core.checks import check_positive, select_parameters
-from lightning_cl.core.footprint import Footprint
-from lightning_cl.core.rng import derived_seed
-from lightning_cl.core.state import local
-from lightning_cl.core.task import Task
+from lightning_cl.core.checks import check_positive
 
 __all__ = ["MAS"]
 
 
-class MAS(QuadraticPenalty):
+class MAS(MeasuredPenalty):
     r"""Hold the weights that sway the output of the model near the values they had; no labels needed.
 
     From the second task on, the step minimises the task's loss plus
@@ -69,54 +65,13 @@ class MAS(QuadraticPenalty):
         exclude: list[str] | None = None,
         batch_adapter: BatchAdapter | None = None,
     ) -> None:
-        super().__init__(strength, include=include, exclude=exclude)
         if n_samples is not None:
             check_positive("n_samples", n_samples)
-        self.estimator = OutputSensitivity(batch_adapter or BatchAdapter(), n_samples, outputs)
-        self._checked = False
-
-    # ------------------------------------------------------------------ set-up
+        estimator = OutputSensitivity(batch_adapter or BatchAdapter(), n_samples, outputs)
+        super().__init__(strength, estimator, include=include, exclude=exclude)
 
     @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
-        self._checked = False
-
-    @override
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if not self._checked:
-            # what would fail at the task's end fails before the first step
-            self.estimator.check(pl_module, self.parameters, batch)
-            self._checked = True
-
-    # ------------------------------------------------------------------ consolidation
-
-    @override
-    def on_task_end(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
-        self.warn_of_thawed(pl_module)
-        new = self.estimator.estimate(trainer, pl_module, self.parameters, derived_seed("mas", task.index))
+    def merge(self, new: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
         if self.importance:
             new = {name: self.importance[name].add_(term) for name, term in new.items()}
-        self.protect(new, self.present_weights())
-
-    @override
-    def footprint(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Footprint:
-        parameters = select_parameters(pl_module, self.include, self.exclude)
-
-        def consolidate() -> Any:
-            new = self.estimator.rehearse(pl_module, parameters, batch)
-            return new, {name: local(p.detach()).to(new[name].dtype, copy=True) for name, p in parameters.items()}
-
-        # importances and anchors
-        return Footprint(device=2 * self._copy_bytes(pl_module), task_end=consolidate)
-
-    # ------------------------------------------------------------------ checkpoints
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "by_sample": self.estimator.by_sample}
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        self.estimator.by_sample = state_dict["by_sample"]
+        self.protect(new, weights)

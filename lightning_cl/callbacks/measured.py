@@ -1,0 +1,116 @@
+"""What penalties share whose importances are measured on a task's data when it ends: EWC and MAS."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torch.nn import Parameter
+from typing_extensions import override
+
+from lightning_cl.callbacks.penalty import QuadraticPenalty
+from lightning_cl.core.checks import select_parameters
+from lightning_cl.core.footprint import Footprint
+from lightning_cl.core.rng import derived_seed
+from lightning_cl.core.state import local
+from lightning_cl.core.task import Task
+
+__all__ = ["MeasuredPenalty", "Measurement"]
+
+
+class Measurement(Protocol):
+    """Measures importances on the data of a task.
+
+    Attributes:
+        by_sample: Whether it goes sample by sample; ``None`` before :meth:`check` found out.
+    """
+
+    by_sample: bool | None
+
+    def check(self, pl_module: LightningModule, parameters: Mapping[str, Parameter], batch: Any) -> None:
+        """Try it on a training batch, and raise what would fail at the task's end."""
+
+    def estimate(
+        self, trainer: Trainer, pl_module: LightningModule, parameters: Mapping[str, Parameter], seed: int
+    ) -> dict[str, Tensor]:
+        """Return the importances over the current task, as local shards."""
+        ...
+
+    def rehearse(
+        self, pl_module: LightningModule, parameters: Mapping[str, Parameter], batch: Any
+    ) -> dict[str, Tensor]:
+        """Do with a batch of any values, or none, what :meth:`estimate` does, for its memory."""
+        ...
+
+
+class MeasuredPenalty(QuadraticPenalty):
+    r"""A quadratic penalty with importances that :attr:`estimator` measures when a task ends.
+
+    What would fail there fails before the first step of a fit. A subclass says how tasks are merged.
+
+    Args:
+        strength: :math:`\lambda` of the method; above 0.
+        estimator: Measures the importances.
+        include: Patterns (as in :mod:`fnmatch`) of the parameters to protect; all trainable ones if ``None``.
+        exclude: Patterns of parameters to leave free.
+    """
+
+    def __init__(
+        self,
+        strength: float,
+        estimator: Measurement,
+        *,
+        include: list[str] | None = None,
+        exclude: list[str] | None = None,
+    ) -> None:
+        super().__init__(strength, include=include, exclude=exclude)
+        self.estimator = estimator
+        self._checked = False
+
+    def merge(self, new: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
+        """Protect what the task that ends makes important, besides what earlier tasks did.
+
+        Args:
+            new: The task's importances, local shards by name.
+            weights: Copies of the present weights, likewise.
+        """
+        raise NotImplementedError
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._checked = False
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if not self._checked:
+            self.estimator.check(pl_module, self.parameters, batch)
+            self._checked = True
+
+    @override
+    def on_task_end(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
+        self.warn_of_thawed(pl_module)
+        new = self.estimator.estimate(trainer, pl_module, self.parameters, derived_seed("fisher", task.index))
+        self.merge(new, self.present_weights())
+
+    @override
+    def footprint(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Footprint:
+        parameters = select_parameters(pl_module, self.include, self.exclude)
+
+        def consolidate() -> Any:
+            new = self.estimator.rehearse(pl_module, parameters, batch)
+            return new, {name: local(p.detach()).to(new[name].dtype, copy=True) for name, p in parameters.items()}
+
+        # importances and anchors
+        return Footprint(device=2 * self._copy_bytes(pl_module), task_end=consolidate)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "by_sample": self.estimator.by_sample}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.estimator.by_sample = state_dict["by_sample"]
