@@ -368,6 +368,6 @@ def test_sampled_fisher_counts_the_positions_that_predict_a_label(tmp_path: Path
         ewc = EWC(1.0, fisher="sampled")
         module = kind(dict(LLAMA), learning_rate=1e-9)
         trainer(tmp_path, [ewc], limit_val_batches=0).fit(module, datamodule=stream)
-        found.append(ewc.state_dict()["fisher"])
+        found.append(ewc.state_dict()["importance"])
     for name, value in found[0].items():
         torch.testing.assert_close(value, found[1][name], rtol=1e-4, atol=1e-10)

@@ -110,7 +110,7 @@ def test_ewc_and_replay_over_a_stream(fisher: str, tmp_path: Path) -> None:
         ewc = EWC(strength, fisher=fisher)
         fit_stream(tmp_path, [ewc, ExperienceReplay(8)], module=module, stream=labelled_stream())
         trainable = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
-        state = ewc.state_dict()["fisher"]
+        state = ewc.state_dict()["importance"]
         assert set(state) == trainable
         ends.append(weights(module))
     assert not torch.allclose(*ends)
