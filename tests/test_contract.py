@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,13 @@ def test_weights_only_checkpoint_is_refused(row: Row, tmp_path: Path) -> None:
     fit_stream(tmp_path, [row.make(), saver(tmp_path, save_weights_only=True)])
     with pytest.raises((ValueError, KeyError), match=r"no state for|save_weights_only"):
         fit_stream(tmp_path, [row.make()], ckpt_path=tmp_path / "step=8.ckpt")
+
+
+@every_method
+def test_survives_pickling(row: Row, tmp_path: Path) -> None:
+    """As it reaches another process before a fit."""
+    found = fit_stream(tmp_path, [pickle.loads(pickle.dumps(row.make()))])
+    assert torch.equal(found, fit_stream(tmp_path, [row.make()]))
 
 
 @every_method

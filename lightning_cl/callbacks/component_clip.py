@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal
-from weakref import WeakKeyDictionary
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -18,7 +17,7 @@ from lightning_cl.core.callback import ContinualCallback
 from lightning_cl.core.card import MethodCard
 from lightning_cl.core.checks import check_positive
 from lightning_cl.core.state import local, sum_over_shards
-from lightning_cl.core.update import OptimizerStep
+from lightning_cl.core.update import OptimizerStep, StepCache
 from lightning_cl.functional.component_clip import clip_components_, squared_norms
 
 __all__ = ["ComponentClip"]
@@ -79,7 +78,7 @@ class ComponentClip(ContinualCallback):
         self.components = components
         self._numbers: dict[str, int] = {}
         self._num_components = 0
-        self._placements: WeakKeyDictionary[OptimizerStep, list[_Placement]] = WeakKeyDictionary()
+        self._placements: StepCache[list[_Placement]] = StepCache()
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
-from weakref import WeakKeyDictionary
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -17,7 +16,7 @@ from lightning_cl.core.card import MethodCard
 from lightning_cl.core.checks import select_parameters
 from lightning_cl.core.footprint import Footprint
 from lightning_cl.core.state import local, sum_rows_over_shards
-from lightning_cl.core.update import OptimizerStep
+from lightning_cl.core.update import OptimizerStep, StepCache
 from lightning_cl.functional.masks import kth_largest
 
 __all__ = ["GradientMask"]
@@ -63,7 +62,7 @@ class GradientMask(PartialUpdate):
         if not isinstance(fraction, float) or not 0 < fraction < 1:
             raise ValueError(f"`fraction` must be above 0 and below 1, got {fraction!r}.")
         self.fraction = fraction
-        self._masks: WeakKeyDictionary[OptimizerStep, dict[str, Tensor]] = WeakKeyDictionary()
+        self._masks: StepCache[dict[str, Tensor]] = StepCache()
         self._chosen: list[str] = []
 
     @override

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
-from weakref import WeakKeyDictionary
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
@@ -15,7 +14,7 @@ from lightning_cl.core.callback import ContinualCallback
 from lightning_cl.core.checks import select_parameters
 from lightning_cl.core.state import local, reshard
 from lightning_cl.core.task import Task
-from lightning_cl.core.update import OptimizerStep
+from lightning_cl.core.update import OptimizerStep, StepCache
 from lightning_cl.functional.masks import hold_gradient_, scale_update_
 
 __all__ = ["PartialUpdate"]
@@ -66,7 +65,7 @@ class PartialUpdate(ContinualCallback):
         # a class attribute of the base: without tasks to tell apart, their boundaries may stay hidden
         self.boundaries = "required" if from_task else "unused"  # type: ignore[misc]
         self._task = 0
-        self._shares: WeakKeyDictionary[OptimizerStep, dict[str, float | Tensor]] = WeakKeyDictionary()
+        self._shares: StepCache[dict[str, float | Tensor]] = StepCache()
 
     def movability(
         self, trainer: Trainer, pl_module: LightningModule, step: OptimizerStep

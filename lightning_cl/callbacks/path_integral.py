@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -16,7 +15,7 @@ from lightning_cl.core.checks import select_parameters
 from lightning_cl.core.footprint import Footprint
 from lightning_cl.core.state import ParameterState, local
 from lightning_cl.core.task import Task
-from lightning_cl.core.update import OptimizerStep
+from lightning_cl.core.update import OptimizerStep, StepCache
 from lightning_cl.functional.path_integral import path_integral_
 
 __all__ = ["PathIntegral"]
@@ -48,7 +47,7 @@ class PathIntegral(QuadraticPenalty):
     def __init__(self, strength: float, *, include: list[str] | None = None, exclude: list[str] | None = None) -> None:
         super().__init__(strength, include=include, exclude=exclude)
         self.path = ParameterState()
-        self._followed: WeakKeyDictionary[OptimizerStep, _Followed] = WeakKeyDictionary()
+        self._followed: StepCache[_Followed] = StepCache()
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from typing import Any, ClassVar
-from weakref import WeakKeyDictionary
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -16,7 +15,7 @@ from lightning_cl.core.callback import ContinualCallback
 from lightning_cl.core.checks import check_positive, select_parameters
 from lightning_cl.core.footprint import Footprint
 from lightning_cl.core.state import ParameterState, local, reshard, sum_over_shards
-from lightning_cl.core.update import OptimizerStep
+from lightning_cl.core.update import OptimizerStep, StepCache
 from lightning_cl.functional.quadratic import quadratic_gradient_, quadratic_penalty
 
 __all__ = ["QuadraticPenalty"]
@@ -63,7 +62,7 @@ class QuadraticPenalty(ContinualCallback):
         self.anchors = ParameterState()
         # what folding several quadratics into one leaves over: it moves the value, not the gradient
         self._constant = 0.0
-        self._owned: WeakKeyDictionary[OptimizerStep, _Owned] = WeakKeyDictionary()
+        self._owned: StepCache[_Owned] = StepCache()
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, TypeVar
-from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -27,7 +26,7 @@ from lightning_cl.core.distributed import is_distributed, rank, world_size
 from lightning_cl.core.state import ParameterState, local, reshard
 from lightning_cl.core.task import Task
 from lightning_cl.core.task_data import task_batches
-from lightning_cl.core.update import OptimizerStep
+from lightning_cl.core.update import OptimizerStep, StepCache
 from lightning_cl.functional.sharding import check_layout
 from lightning_cl.functional.subspaces import Subspace
 
@@ -79,7 +78,7 @@ class SubspaceProjection(ContinualCallback):
         self.parameters: dict[str, Parameter] = {}
         self.anchors = ParameterState()
         self._others: list[str] = []
-        self._checked: WeakSet[OptimizerStep] = WeakSet()
+        self._checked: StepCache[bool] = StepCache()
 
     # ------------------------------------------------------------------ what a subclass says
 
@@ -171,7 +170,7 @@ class SubspaceProjection(ContinualCallback):
                 " began. Name layers that are replaced, such as a head that grows, in `exclude`, or replace them before"
                 " the fit."
             )
-        self._checked.add(step)
+        self._checked[step] = True
 
     @override
     def on_task_start(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
-from weakref import WeakKeyDictionary
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -24,7 +23,7 @@ from lightning_cl.core.footprint import Footprint
 from lightning_cl.core.rng import derived_seed, isolated_rng
 from lightning_cl.core.state import local, sum_over_shards
 from lightning_cl.core.task import Task
-from lightning_cl.core.update import OptimizerStep
+from lightning_cl.core.update import OptimizerStep, StepCache
 from lightning_cl.functional.references import add_references_, gram_matrix, reference_products
 
 __all__ = ["GradientTable", "ReferenceGradients"]
@@ -47,7 +46,7 @@ class ReferenceGradients(ReplayMemory):
     def __init__(self, capacity: int, **settings: Any) -> None:
         super().__init__(capacity, **settings)
         self.projections = 0
-        self._tables: WeakKeyDictionary[OptimizerStep, GradientTable] = WeakKeyDictionary()
+        self._tables: StepCache[GradientTable] = StepCache()
 
     @abstractmethod
     def constraints(self, task: Task) -> list[range]:

@@ -7,13 +7,15 @@ of one that was taken, and not of one that a gradient scaler skipped.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from lightning_cl.core.checks import check_gradients
 from lightning_cl.core.hooks import overriding
@@ -22,7 +24,9 @@ from lightning_cl.core.state import local
 if TYPE_CHECKING:
     from lightning_cl.core.callback import ContinualCallback
 
-__all__ = ["OptimizerStep", "UpdatePipeline"]
+__all__ = ["OptimizerStep", "StepCache", "UpdatePipeline"]
+
+_Value = TypeVar("_Value")
 
 _BEFORE = ("observe_gradients", "change_gradients", "hold_gradients", "limit_gradients")
 _AFTER = ("change_update", "observe_update")
@@ -75,6 +79,23 @@ class OptimizerStep:
                     f"`{type(user).__name__}` keeps state for {name!r}, but another parameter has taken its place since"
                     " the fit began: it would train unprotected. Leave it out by `exclude`, or fit once per task."
                 )
+
+
+class StepCache(WeakKeyDictionary[OptimizerStep, Any], Generic[_Value]):
+    """What a callback has found out about each optimizer, for as long as that lives; a copy of it is empty."""
+
+    @override
+    def __reduce__(self) -> tuple[type[StepCache[_Value]], tuple[()]]:
+        return type(self), ()
+
+    @override
+    def __deepcopy__(self, memo: dict[int, Any]) -> StepCache[_Value]:
+        return type(self)()
+
+    @override
+    def __getitem__(self, step: OptimizerStep) -> _Value:
+        value: _Value = super().__getitem__(step)
+        return value
 
 
 class UpdatePipeline:

@@ -54,7 +54,7 @@ class Statistic:
         """
         if self.n < 2:
             return math.nan
-        quantile: float = require("scipy.stats", extra="report").t.ppf(0.975, self.n - 1)
+        quantile = float(require("scipy.stats", extra="report").t.ppf(0.975, self.n - 1))
         return quantile * self.std / math.sqrt(self.n)
 
 

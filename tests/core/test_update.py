@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from lightning_cl import ContinualCallback
-from lightning_cl.core.update import OptimizerStep
+from lightning_cl.core.update import OptimizerStep, StepCache
 from toys import ToyModule, fit_stream, toy_stream, trainer, weights
 
 HOOKS = (
@@ -262,3 +264,15 @@ def test_sparse_gradients_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"`Doubling` needs dense gradients.*'table'"):
         fit_stream(tmp_path, [Doubling()], module=module)
     assert torch.equal(weights(module), before)
+
+
+def test_what_is_known_of_a_step_is_not_copied() -> None:
+    """A callback is pickled and copied without what belongs to a running optimizer."""
+    module = ToyModule()
+    step = OptimizerStep(module.configure_optimizers(), dict(module.named_parameters()))
+    cache: StepCache[int] = StepCache()
+    cache[step] = 3
+    assert cache[step] == 3
+    assert len(pickle.loads(pickle.dumps(cache))) == len(copy.deepcopy(cache)) == 0
+    del step
+    assert not cache
