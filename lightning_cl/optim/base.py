@@ -1,0 +1,220 @@
+"""What the spike-aware optimizers share: their settings, their clock, their state and how it is saved."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_cl.optim.moments import MOMENTS, Storage, local
+
+__all__ = ["Bucket", "MomentResetOptimizer"]
+
+Group = dict[str, Any]
+
+
+@dataclass
+class Bucket:
+    """Parameters of one group that are stepped alike: on one device, of one dtype, at one point of their clock.
+
+    Attributes:
+        group: Their settings.
+        step: Gradients that the moments hold, this one not included.
+        resets: How often the moments were reset.
+        parameters: The parameters, sharded or not.
+        weights: Local shards of the parameters.
+        gradients: Local shards of the gradients, in the dtype of the moments.
+        firsts: Local first moments.
+        seconds: Local second moments.
+    """
+
+    group: Group
+    step: int
+    resets: int
+    parameters: list[Parameter]
+    weights: list[Tensor]
+    gradients: list[Tensor]
+    firsts: list[Tensor]
+    seconds: list[Tensor]
+
+    @property
+    def foreach(self) -> bool:
+        """Whether to move all tensors together."""
+        wanted: bool | None = self.group["foreach"]
+        return self.weights[0].device.type != "cpu" if wanted is None else wanted
+
+
+class MomentResetOptimizer(Optimizer, ABC):
+    """An optimizer with Adam's state, whose moments are reset at intervals.
+
+    The state of a parameter is that of :class:`torch.optim.AdamW` (``step`` counts from the last reset) and ``resets``:
+    a checkpoint of AdamW can be gone on with, and no counter lies outside of what a checkpoint holds.
+    """
+
+    @override
+    def add_param_group(self, param_group: Group) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._check(group)
+            for parameter in group["params"]:
+                if parameter.is_complex():
+                    raise ValueError(f"`{type(self).__name__}` steps real parameters only, got {parameter.dtype}.")
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def _check(self, group: Group) -> None:
+        """Refuse settings that make no sense."""
+        beta1, beta2 = group["betas"]
+        if not 0 <= beta1 < 1 or not 0 <= beta2 < 1:
+            raise ValueError(f"`betas` must be from 0 to below 1, got {group['betas']}.")
+        for name in ("lr", "weight_decay", "warmup_steps"):
+            if not group[name] >= 0:
+                raise ValueError(f"`{name}` must be 0 or more, got {group[name]!r}.")
+        if not group["eps"] > 0:
+            raise ValueError(f"`eps` must be above 0, got {group['eps']!r}.")
+        interval = group["reset_interval"]
+        if interval is not None and not interval >= 1:
+            raise ValueError(f"`reset_interval` must be 1 or more, or None for no resets, got {interval!r}.")
+
+    @override
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step.
+
+        Args:
+            closure: Evaluates the model again and returns the loss.
+
+        Returns:
+            What ``closure`` returned.
+
+        Raises:
+            ValueError: If a gradient is sparse.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for number, parameter in enumerate(self._parameters()):
+            gradient = parameter.grad
+            if gradient is not None and gradient.is_sparse:
+                raise ValueError(
+                    f"`{type(self).__name__}` needs dense gradients, but that of parameter {number} of shape"
+                    f" {tuple(parameter.shape)} is sparse. Build its embedding with `sparse=False`."
+                )
+        self._prepare_gradients()
+        first = 0
+        for group in self.param_groups:
+            self._step_group(group, first)
+            first += len(group["params"])
+        return loss
+
+    def _prepare_gradients(self) -> None:
+        """Change all gradients in place, before the first parameter moves."""
+
+    def _step_group(self, group: Group, first: int) -> None:
+        buckets: dict[tuple[Any, ...], list[tuple[int, Parameter]]] = {}
+        for number, parameter in enumerate(group["params"], start=first):
+            if parameter.grad is None:
+                continue
+            state = self.state[parameter]
+            if not state:
+                state.update(self._new_state(parameter, group, number))
+            step, resets = int(state["step"].item()), int(state["resets"].item())
+            if group["reset_interval"] is not None and step >= group["reset_interval"]:
+                self._reset(parameter, group, number)
+                step, resets = 0, resets + 1
+            direct = self._storage(parameter, group).direct
+            # what is kept in another form is worked on one after the other, to hold one copy at a time
+            key = (parameter.device, parameter.dtype, step, resets, None if direct else number)
+            buckets.setdefault(key, []).append((number, parameter))
+        for (_, _, step, resets, _), members in buckets.items():
+            self._step_bucket(group, step, resets, members)
+
+    def _step_bucket(self, group: Group, step: int, resets: int, members: list[tuple[int, Parameter]]) -> None:
+        parameters = [parameter for _, parameter in members]
+        states = [self.state[parameter] for parameter in parameters]
+        storages = [self._storage(parameter, group) for parameter in parameters]
+        firsts, seconds = (
+            [storage.read(state, key) for storage, state in zip(storages, states, strict=True)] for key in MOMENTS
+        )
+        gradients = [local(p.grad).to(m.dtype) for p, m in zip(parameters, firsts, strict=True) if p.grad is not None]
+        weights = [local(parameter) for parameter in parameters]
+        self._update(Bucket(group, step, resets, parameters, weights, gradients, firsts, seconds))
+        for (number, _), storage, state, m, v in zip(members, storages, states, firsts, seconds, strict=True):
+            for key, values in zip(MOMENTS, (m, v), strict=True):
+                storage.write(state, key, values, (group.get("seed", 0), number, resets, step))
+            state["step"] += 1
+
+    @abstractmethod
+    def _update(self, bucket: Bucket) -> None:
+        """Move weights and moments in place."""
+
+    # ------------------------------------------------------------------ state
+
+    def _parameters(self) -> Iterator[Parameter]:
+        return chain.from_iterable(group["params"] for group in self.param_groups)
+
+    def _storage(self, parameter: Parameter, group: Group) -> Storage:
+        return Storage(parameter, group["state_dtype"])
+
+    def _new_state(self, parameter: Parameter, group: Group, number: int) -> dict[str, Any]:
+        return {**self._clock(parameter, group), **self._storage(parameter, group).create()}
+
+    def _clock(self, parameter: Parameter, group: Group) -> dict[str, Any]:
+        device = parameter.device if group.get("capturable") else "cpu"
+        return {"step": torch.zeros((), device=device), "resets": torch.zeros((), device=device)}
+
+    def _reset(self, parameter: Parameter, group: Group, number: int) -> None:
+        """Set the moments of one parameter to zero, and start its bias correction anew."""
+        state = self.state[parameter]
+        state |= self._storage(parameter, group).create()
+        state["step"].zero_()
+        state["resets"] += 1
+
+    @torch.no_grad()
+    def reset_moments(self) -> None:
+        """Reset the moments that hold gradients, as at the start of a new task; the steps after it are warmed up."""
+        number = 0
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if self.state[parameter] and self.state[parameter]["step"] > 0:
+                    self._reset(parameter, group, number)
+                number += 1
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        number = 0
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                # torch has cast the state to the dtype of the parameter
+                values = state_dict["state"].get(next(saved))
+                if values:
+                    self.state[parameter] = self._restored(parameter, group, number, values)
+                number += 1
+
+    def _restored(self, parameter: Parameter, group: Group, number: int, values: dict[str, Any]) -> dict[str, Any]:
+        state = self._new_state(parameter, group, number)
+        for key, target in state.items():
+            if key in values or key != "resets":
+                value = torch.as_tensor(values[key])
+                local(target).copy_(local(value))
+        return state
+
+    @override
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
