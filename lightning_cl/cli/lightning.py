@@ -21,7 +21,7 @@ __all__ = ["COMMANDS", "TaskCLI", "run"]
 COMMANDS = ("fit", "validate", "test", "predict")
 
 # a config may name the classes of imported packages without their modules
-for _package in ("datamodules", "modules"):
+for _package in ("datamodules", "modules", "optim"):
     import_module(f"lightning_cl.{_package}")
 
 

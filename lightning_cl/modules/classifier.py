@@ -14,6 +14,7 @@ from typing_extensions import override
 from lightning_cl.core.batches import BatchAdapter
 from lightning_cl.core.checks import check_choice, check_positive
 from lightning_cl.mixins.masked_head import MaskedHead
+from lightning_cl.modules.optimizers import OptimizerFactory
 
 __all__ = ["Classifier"]
 
@@ -26,7 +27,9 @@ class Classifier(MaskedHead, LightningModule):
     Args:
         network: Maps the inputs of a batch to logits [B, C].
         learning_rate: Step size; above 0.
-        optimizer: ``"adam"``, ``"adamw"`` or ``"sgd"`` (momentum 0.9).
+        optimizer: ``"adam"``, ``"adamw"``, ``"sgd"`` (momentum 0.9), or what makes another of parameter groups, such as
+            :class:`~lightning_cl.optim.SPAM`, in a config its ``class_path`` and ``init_args``. Learning rate and
+            weight decay are those given here.
         weight_decay: Weight decay of the optimizer.
         head_mask: Restrict the logits to the classes of the task (``"task"``) or to those seen so far (``"seen"``).
     """
@@ -35,7 +38,7 @@ class Classifier(MaskedHead, LightningModule):
         self,
         network: nn.Module,
         learning_rate: float = 1e-3,
-        optimizer: Literal["adam", "adamw", "sgd"] = "adam",
+        optimizer: Literal["adam", "adamw", "sgd"] | OptimizerFactory = "adam",
         weight_decay: float = 0.0,
         head_mask: Literal["none", "task", "seen"] = "none",
     ) -> None:
@@ -43,7 +46,8 @@ class Classifier(MaskedHead, LightningModule):
         check_positive("learning_rate", learning_rate)
         check_positive("weight_decay", weight_decay, zero_allowed=True)
         check_choice("head_mask", head_mask, ("none", "task", "seen"))
-        check_choice("optimizer", optimizer, ("adam", "adamw", "sgd"))
+        if not callable(optimizer):
+            check_choice("optimizer", optimizer, ("adam", "adamw", "sgd"))
         self.network = network
         self.learning_rate = learning_rate
         self.optimizer = optimizer
@@ -94,6 +98,8 @@ class Classifier(MaskedHead, LightningModule):
     @override
     def configure_optimizers(self) -> torch.optim.Optimizer:
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        if callable(self.optimizer):
+            return self.optimizer([{"params": parameters, "lr": self.learning_rate, "weight_decay": self.weight_decay}])
         if self.optimizer == "sgd":
             return torch.optim.SGD(parameters, lr=self.learning_rate, momentum=0.9, weight_decay=self.weight_decay)
         kind = torch.optim.Adam if self.optimizer == "adam" else torch.optim.AdamW

@@ -12,10 +12,11 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
-from torch.nn import Parameter
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_cl.core.checks import check_positive
+from lightning_cl.modules.optimizers import OptimizerFactory, decay_groups
 from lightning_cl.modules.pretrained import NetworkBuilder, Quantization
 from lightning_cl.modules.schedules import Schedule, task_scheduler
 from lightning_cl.strategies import FSDP2Strategy
@@ -40,9 +41,11 @@ class LanguageModel(LightningModule):
             ``adapter``.
         dtype: Dtype of the weights, and of the computation in a quantized base: ``"float32"``, ``"bfloat16"`` or
             ``"float16"``.
-        learning_rate: Peak learning rate of AdamW; above 0.
+        learning_rate: Peak learning rate; above 0.
         weight_decay: Weight decay of matrices; biases, norms and embeddings have none.
-        betas: Decay rates of the moments.
+        betas: Decay rates of AdamW's moments.
+        optimizer: Makes another optimizer of parameter groups, such as ``functools.partial(SPAM, reset_interval=200)``,
+            in a config its ``class_path`` and ``init_args``. Learning rate and weight decay stay those given here.
         schedule: Decay after the warm-up: ``"cosine"``, ``"linear"``, or ``"constant"`` for none.
         warmup: Steps of warm-up, or as a ``float`` below 1 their fraction of a task.
         floor: Learning rate at the end of a task, as a fraction of the peak.
@@ -66,6 +69,7 @@ class LanguageModel(LightningModule):
         learning_rate: float = 3e-4,
         weight_decay: float = 0.1,
         betas: tuple[float, float] = (0.9, 0.95),
+        optimizer: OptimizerFactory | None = None,
         schedule: Literal["cosine", "linear", "constant"] = "cosine",
         warmup: int | float = 0.01,
         floor: float = 0.1,
@@ -86,6 +90,7 @@ class LanguageModel(LightningModule):
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.betas = (betas[0], betas[1])
+        self.optimizer = optimizer
         self.schedule = Schedule(schedule, warmup, floor, rewarm)
         self.builder = NetworkBuilder(model, kind, adapter, quantization, dtype, seed, overrides or {})
         self.network: Any = None
@@ -155,17 +160,9 @@ class LanguageModel(LightningModule):
         # dtype Lightning refuses to clip for it
         fused = not isinstance(plugin, MixedPrecision) or (plugin.scaler is None and not clips)
         groups = decay_groups(self, trainable, self.weight_decay)
-        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas, fused=fused)
+        if self.optimizer is None:
+            optimizer: Optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas, fused=fused)
+        else:
+            optimizer = self.optimizer([{**group, "lr": self.learning_rate} for group in groups])
         scheduler = task_scheduler(optimizer, self.schedule, self)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-
-def decay_groups(module: nn.Module, trainable: Mapping[str, Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Return AdamW's groups: matrices with weight decay; biases, norms and embeddings without."""
-    embeddings = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
-    decayed: list[Parameter] = []
-    others: list[Parameter] = []
-    for parameter in trainable.values():
-        (decayed if parameter.ndim > 1 and id(parameter) not in embeddings else others).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]

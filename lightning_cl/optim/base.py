@@ -172,7 +172,8 @@ class MomentResetOptimizer(Optimizer, ABC):
 
     def _clock(self, parameter: Parameter, group: Group) -> dict[str, Any]:
         device = parameter.device if group.get("capturable") else "cpu"
-        return {"step": torch.zeros((), device=device), "resets": torch.zeros((), device=device)}
+        # not `torch.zeros`, whose value a plan that runs without values would not know
+        return {key: torch.tensor(0.0, device=device) for key in ("step", "resets")}
 
     def _reset(self, parameter: Parameter, group: Group, number: int) -> None:
         """Set the moments of one parameter to zero, and start its bias correction anew."""

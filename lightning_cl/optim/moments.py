@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
@@ -76,9 +77,10 @@ class Storage:
         """Return the local shard of a moment: what is stored, or a float32 copy of it."""
         stored = local(state[key])
         if self.block:
-            code, ops = _code(key, stored.device), _bitsandbytes()
             scales = local(state[f"{key}_scale"]).flatten()
-            values: Tensor = ops.dequantize_blockwise(stored, scales, code, self.block, torch.float32)
+            values: Tensor = _bitsandbytes().dequantize_blockwise(
+                stored, scales, _code(key, stored), self.block, torch.float32
+            )
             return values
         return stored if self.direct else stored.float()
 
@@ -86,7 +88,7 @@ class Storage:
         """Store what :meth:`read` returned a copy of; ``draw`` is what random rounding is a pure function of."""
         stored = local(state[key])
         if self.block:
-            quantized, scales = _bitsandbytes().quantize_blockwise(values, _code(key, stored.device), self.block)
+            quantized, scales = _bitsandbytes().quantize_blockwise(values, _code(key, stored), self.block)
             stored.copy_(quantized.view_as(stored))
             local(state[f"{key}_scale"]).copy_(scales.view_as(local(state[f"{key}_scale"])))
         elif not self.direct:
@@ -101,10 +103,17 @@ class Storage:
         return DTensor.from_local(values, like.device_mesh, like.placements, shape=shape, stride=(values.shape[1], 1))
 
 
-@lru_cache
-def _code(key: str, device: torch.device) -> Tensor:
+def _code(key: str, like: Tensor) -> Tensor:
+    if isinstance(like, FakeTensor):
+        # a plan has no values, and what it makes must not stay in the cache
+        return like.new_empty(256, dtype=torch.float32)
     # the second moment has no sign
-    code: Tensor = import_module("bitsandbytes.functional").create_dynamic_map(signed=key == MOMENTS[0])
+    return _make_code(key == MOMENTS[0], like.device)
+
+
+@lru_cache
+def _make_code(signed: bool, device: torch.device) -> Tensor:
+    code: Tensor = import_module("bitsandbytes.functional").create_dynamic_map(signed=signed)
     return code.to(device)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
@@ -43,7 +44,7 @@ class SparseMoments:
         """Return the state of the mask after ``resets`` resets, with its elements of flat dense moments."""
         now = self._mask(resets)
         before = self._mask(resets - 1) if resets else torch.zeros_like(now)
-        carried, new = (now & before).nonzero().flatten(), (now & ~before).nonzero().flatten()
+        carried, new = self._places(now & before, 0.0), self._places(now & ~before, self._density)
         indices = torch.cat([carried, new])
         kept = {key: values.flatten()[indices].to(self._dtype) for key, values in dense.items()}
         # half the memory for all but giant tensors
@@ -71,6 +72,12 @@ class SparseMoments:
             state[key][carried:] /= 1 - beta**step
             dense[key] = local(self.expand(state, key))
         return self.compress(dense, int(state["resets"]) + 1)
+
+    def _places(self, mask: Tensor, expected: float) -> Tensor:
+        if isinstance(mask, FakeTensor):
+            # a plan has no values to count
+            return mask.new_zeros(round(expected * mask.numel()), dtype=torch.int64)
+        return mask.nonzero().flatten()
 
     def _mask(self, resets: int) -> Tensor:
         return random_mask(global_indices(self._parameter).flatten(), self._density, *self._key, resets)

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from lightning_cl import ContinualMetrics
 from lightning_cl.datamodules import TaskIncremental
 from lightning_cl.modules import MLP, Classifier, TextClassifierNetwork
+from lightning_cl.optim import SPAM
 from toys import fit_stream, toy_data, toy_stream, trainer, weights
 
 
@@ -31,8 +32,12 @@ def classifier(**settings: object) -> Classifier:
             {"learning_rate": 0.01, "optimizer": "adamw", "weight_decay": 0.1},
             lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
         ),
+        (
+            {"learning_rate": 0.01, "optimizer": SPAM, "weight_decay": 0.1},
+            lambda p: SPAM(p, lr=0.01, weight_decay=0.1),
+        ),
     ],
-    ids=["adam", "sgd", "adamw"],
+    ids=["adam", "sgd", "adamw", "another"],
 )
 def test_trains_like_a_plain_loop(settings: dict[str, object], make: object, tmp_path: Path) -> None:
     """Cross-entropy and the optimizer that its settings name, over the stream's first task."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import nn
 
 from language import LLAMA, LORA, TokenRows, built, llama, token_stream
 from lightning_cl.modules import CausalLM, Quantization
-from lightning_cl.modules.language_model import decay_groups
+from lightning_cl.modules.optimizers import decay_groups
+from lightning_cl.optim import SPAM
 from toys import trainer, weights
 
 pytest.importorskip("transformers")
@@ -65,6 +67,19 @@ def test_the_optimizer_is_fused(tmp_path: Path) -> None:
     run = trainer(tmp_path, max_steps=1)
     run.fit(llama(), datamodule=token_stream())
     assert run.optimizers[0].defaults["fused"]
+
+
+def test_another_optimizer_gets_the_groups_and_the_schedule(tmp_path: Path) -> None:
+    """Its own settings stand beside the learning rate and the weight decay of the module."""
+    run = trainer(tmp_path, max_steps=1)
+    settings = {"learning_rate": 0.02, "weight_decay": 0.1, "warmup": 1, "schedule": "linear", "floor": 0.0}
+    module = CausalLM(LLAMA, optimizer=functools.partial(SPAM, lr=1.0, reset_interval=7), **settings)
+    run.fit(module, datamodule=token_stream())
+    (optimizer,) = run.optimizers
+    assert isinstance(optimizer, SPAM)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    assert {(group["initial_lr"], group["reset_interval"]) for group in optimizer.param_groups} == {(0.02, 7)}
+    assert run.lr_scheduler_configs[0].scheduler.optimizer is optimizer
 
 
 def test_gradients_are_clipped_under_autocast(tmp_path: Path) -> None:
