@@ -38,6 +38,18 @@ class TaskCLI(LightningCLI):
         )
 
     @override
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            if "empty parameter list" not in str(error):
+                raise
+            raise ValueError(
+                f"`optimizer` of the config is made before {type(self.model).__name__} has built its network. Name it"
+                " in `model.init_args.optimizer`, or make it in the module's `configure_optimizers`."
+            ) from error
+
+    @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         settings = self.config_init[self.subcommand].trainer
         callbacks = settings.callbacks if isinstance(settings.callbacks, list) else [settings.callbacks]

@@ -39,7 +39,8 @@ class Storage:
     Args:
         parameter: The parameter, sharded or not.
         dtype: ``"float32"``, ``"bfloat16"`` (rounded stochastically), ``"8bit"`` (blockwise by bitsandbytes, for
-            tensors of 4096 elements or more with rows that are a multiple of 64), or ``None`` for the parameter's own.
+            tensors of 4096 elements or more with rows that are a multiple of 64), or ``None`` for the parameter's own,
+            but float32 for float16.
     """
 
     def __init__(self, parameter: Parameter, dtype: StateDtype | None) -> None:
@@ -56,7 +57,9 @@ class Storage:
             and not all(p.is_replicate() or p.is_shard(0) for p in parameter.placements)
         ):
             raise ValueError(f"`state_dtype='8bit'` needs weights sharded by rows, got {parameter.placements}.")
-        stored = {None: parameter.dtype, "float32": torch.float32, "bfloat16": torch.bfloat16, "8bit": torch.float32}
+        # in float16 a second moment overflows, and `eps` is zero
+        own = torch.float32 if parameter.dtype == torch.float16 else parameter.dtype
+        stored = {None: own, "float32": torch.float32, "bfloat16": torch.bfloat16, "8bit": torch.float32}
         self.dtype = torch.uint8 if self.block else stored[dtype]
         # computed on in place, without a copy
         self.direct = not self.block and dtype != "bfloat16"

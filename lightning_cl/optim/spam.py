@@ -62,8 +62,9 @@ class SPAM(MomentResetOptimizer):
         foreach: Whether to step all tensors in a few kernels, equal to the bit; ``None``: on GPUs.
         capturable: Whether a step may be captured as a CUDA graph: its counters lie on the device.
         fused: Whether to compile the step with :func:`torch.compile`, into one kernel for each tensor.
-        state_dtype: What the moments are kept in: ``None`` (the dtype of the parameter, as torch's Adam does),
-            ``"float32"``, ``"bfloat16"`` (rounded stochastically) or ``"8bit"`` (blockwise, by bitsandbytes).
+        state_dtype: What the moments are kept in: ``None`` (the dtype of the parameter, as torch's Adam does, but
+            float32 for float16), ``"float32"``, ``"bfloat16"`` (rounded stochastically) or ``"8bit"`` (blockwise, by
+            bitsandbytes).
 
     Raises:
         ValueError: For a setting out of its range, settings that exclude each other, complex parameters, and sparse
@@ -176,13 +177,15 @@ class SPAM(MomentResetOptimizer):
         ):
             state = self.state[parameter]
             indices, carried = state["indices"], int(state["carried"])
-            flat = weight.view(-1)
+            flat = weight.reshape(-1)
             w, g = flat.index_select(0, indices), gradient.reshape(-1).index_select(0, indices)
             if clips:
                 clip_spikes_([g], [v], bucket.group["threshold"], foreach=bucket.foreach)
             for part, corrected in ((slice(carried), True), (slice(carried, None), False)):
                 adam_update_([w[part]], [g[part]], [m[part]], [v[part]], **common, corrected=corrected)
             flat.index_copy_(0, indices.long(), w)
+            if not weight.is_contiguous():  # `flat` is a copy then
+                weight.copy_(flat.view_as(weight))
 
     def _step_on_device(self, group: Group, first: int) -> None:
         members = [(n, p) for n, p in enumerate(group["params"], start=first) if p.grad is not None]
@@ -203,7 +206,8 @@ class SPAM(MomentResetOptimizer):
                 assert parameter.grad is not None
                 tensors = (local(parameter), local(parameter.grad).to(m.dtype), m, v)
                 # one shape for all, so that it is compiled once
-                weight, gradient, m, v = (t.view(-1) if t.is_contiguous() else t for t in tensors)
+                same_order = all(t.is_contiguous() for t in tensors)
+                weight, gradient, m, v = (t.view(-1) if same_order else t for t in tensors)
                 decay = 1 - group["lr"] * group["weight_decay"]
                 update(weight, gradient, m, v, Schedule(*row), decay, group["betas"])
 

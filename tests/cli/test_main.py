@@ -12,8 +12,10 @@ import pytest
 import yaml
 
 from lightning_cl.cli.compare import _config_of, _Run, _variants
+from lightning_cl.cli.lightning import run
 from lightning_cl.cli.main import _values, main
 from lightning_cl.cli.methods import method_classes
+from lightning_cl.optim import SPAM
 from lightning_cl.strategies.checkpoint import is_complete
 
 DEMO = Path(__file__).parents[2] / "examples" / "cli" / "demo.yaml"
@@ -107,6 +109,32 @@ def test_errors_are_one_line(override: str, message: str, capsys: pytest.Capture
     """A wrong setting is named, without a traceback."""
     line = fails_with(["fit", "--config", str(DEMO), *QUICK, override], capsys)
     assert re.search(message, line), line
+
+
+@pytest.mark.filterwarnings("ignore:.*will be overridden")
+@pytest.mark.parametrize("name", ["SPAM", "lightning_cl.optim.SPAM"])
+def test_optimizers_of_ours_are_built_from_a_config(name: str, tmp_path: Path) -> None:
+    """By LightningCLI's own section, and by the module's setting, with their settings."""
+    settings = {"class_path": name, "init_args": {"reset_interval": 7}}
+    common = ["fit", "--config", str(DEMO), *QUICK, "--trainer.max_steps=2", f"--trainer.default_root_dir={tmp_path}"]
+    given = f"--model.init_args.optimizer={json.dumps(settings)}"
+    (by_section,) = run([*common, f"--optimizer={json.dumps(settings)}"]).trainer.optimizers
+    (by_module,) = run([*common, given]).trainer.optimizers
+    for optimizer in (by_section, by_module):
+        assert isinstance(optimizer, SPAM)
+        assert (optimizer.param_groups[0]["reset_interval"], optimizer.param_groups[0]["lr"]) == (7, 0.001)
+
+
+@pytest.mark.filterwarnings("ignore:.*will be overridden")
+def test_an_optimizer_of_a_network_that_is_not_built_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A language model is built when its strategy is known; the message says where to name the optimizer."""
+    config = tmp_path / "run.yaml"
+    model = {"class_path": "CausalLM", "init_args": {"model": {"model_type": "llama", "hidden_size": 64}}}
+    config.write_text(yaml.safe_dump({"model": model}))
+    arguments = ["fit", "--config", str(DEMO), "--config", str(config), "--optimizer", "SPAM"]
+    assert "`model.init_args.optimizer`" in fails_with(arguments, capsys)
 
 
 def test_methods_lists_every_method_with_its_paper(capsys: pytest.CaptureFixture[str]) -> None:
