@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -14,11 +14,14 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_cl.optim.moments import MOMENTS, Storage, local
+from lightning_cl.optim.moments import MOMENTS, StateDtype, Storage, local
 
 __all__ = ["Bucket", "MomentResetOptimizer"]
 
 Group = dict[str, Any]
+
+# what another Adam's groups say of the training, and not of its implementation
+_OF_ADAM = {"params", "lr", "initial_lr", "betas", "eps", "weight_decay"}
 
 
 @dataclass
@@ -85,6 +88,10 @@ class MomentResetOptimizer(Optimizer, ABC):
         interval = group["reset_interval"]
         if interval is not None and not interval >= 1:
             raise ValueError(f"`reset_interval` must be 1 or more, or None for no resets, got {interval!r}.")
+        if group["state_dtype"] not in (None, *get_args(StateDtype)):
+            raise ValueError(
+                f"`state_dtype` must be None or one of {get_args(StateDtype)}, got {group['state_dtype']!r}."
+            )
 
     @override
     @torch.no_grad()
@@ -129,6 +136,9 @@ class MomentResetOptimizer(Optimizer, ABC):
             state = self.state[parameter]
             if not state:
                 state.update(self._new_state(parameter, group, number))
+            if state["resets"].device != state["step"].device:
+                # Lightning moves what it does not know by name, and a GPU would be waited for
+                state["resets"] = state["resets"].to(state["step"].device)
             step, resets = int(state["step"].item()), int(state["resets"].item())
             if group["reset_interval"] is not None and step >= group["reset_interval"]:
                 self._reset(parameter, group, number)
@@ -188,12 +198,27 @@ class MomentResetOptimizer(Optimizer, ABC):
         number = 0
         for group in self.param_groups:
             for parameter in group["params"]:
-                if self.state[parameter] and self.state[parameter]["step"] > 0:
+                state = self.state.get(parameter)
+                if state and state["step"] > 0:
                     self._reset(parameter, group, number)
                 number += 1
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state of this class, or go on from one of torch's Adam or AdamW.
+
+        Args:
+            state_dict: What ``state_dict`` of either returned.
+
+        Raises:
+            ValueError: If it is of an optimizer without Adam's moments.
+        """
+        groups = [
+            saved if saved.keys() >= self.defaults.keys() else {**own, **{k: saved[k] for k in _OF_ADAM & saved.keys()}}
+            for saved, own in zip(state_dict["param_groups"], self.param_groups, strict=False)
+        ]
+        if len(groups) == len(state_dict["param_groups"]):
+            state_dict = {**state_dict, "param_groups": groups}
         super().load_state_dict(state_dict)
         saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         number = 0
@@ -207,15 +232,16 @@ class MomentResetOptimizer(Optimizer, ABC):
 
     def _restored(self, parameter: Parameter, group: Group, number: int, values: dict[str, Any]) -> dict[str, Any]:
         state = self._new_state(parameter, group, number)
-        for key, target in state.items():
-            if key in values or key != "resets":
-                value = torch.as_tensor(values[key])
-                local(target).copy_(local(value))
+        for key in state.keys() & self._known(values).keys():
+            local(state[key]).copy_(local(torch.as_tensor(values[key])))
         return state
 
-    @override
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:
-            for name, value in self.defaults.items():
-                group.setdefault(name, value)
+    def _known(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Return the state that a checkpoint has for a parameter, if it is of Adam's kind."""
+        if missing := {"step", *MOMENTS} - values.keys():
+            raise ValueError(
+                f"The checkpoint's optimizer has no {sorted(missing)}: `{type(self).__name__}` goes on from its own"
+                " state or that of Adam or AdamW. Load the weights alone (`load_from_checkpoint`) to begin with new"
+                " moments."
+            )
+        return values

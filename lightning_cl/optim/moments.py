@@ -68,7 +68,8 @@ class Storage:
         """Return moments of zero."""
         state: dict[str, Tensor] = {}
         for key in MOMENTS:
-            state[key] = torch.zeros_like(self._parameter, dtype=self.dtype, memory_format=torch.preserve_format)
+            layout = torch.contiguous_format if self.block else torch.preserve_format
+            state[key] = torch.zeros_like(self._parameter, dtype=self.dtype, memory_format=layout)
             if self.block:
                 flat = local(state[key]).flatten(1)
                 scales = torch.zeros(len(flat), flat.shape[1] // self.block, device=flat.device)

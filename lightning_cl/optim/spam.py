@@ -176,7 +176,7 @@ class SPAM(MomentResetOptimizer):
             bucket.parameters, bucket.weights, bucket.gradients, bucket.firsts, bucket.seconds, strict=True
         ):
             state = self.state[parameter]
-            indices, carried = state["indices"], int(state["carried"])
+            indices, carried = state["indices"], state["carried"]
             flat = weight.reshape(-1)
             w, g = flat.index_select(0, indices), gradient.reshape(-1).index_select(0, indices)
             if clips:
@@ -242,7 +242,7 @@ class SPAM(MomentResetOptimizer):
         if group["density"] == 1:
             return super()._restored(parameter, group, number, values)
         state = self._clock(parameter, group)
-        for key in state.keys() & values.keys():
+        for key in state.keys() & self._known(values).keys():
             state[key].copy_(torch.as_tensor(values[key]))
         dense = {key: local(values[key]).to(parameter.device) for key in MOMENTS}
         return state | self._sparse(parameter, group, number).compress(dense, int(state["resets"]))

@@ -35,12 +35,12 @@ class SparseMoments:
         self._density = density
         self._key = key
 
-    def create(self) -> dict[str, Tensor]:
+    def create(self) -> dict[str, Any]:
         """Return moments of zero for the elements of the first mask."""
         empty = torch.zeros(local(self._parameter).numel(), dtype=self._dtype, device=self._parameter.device)
         return self.compress(dict.fromkeys(MOMENTS, empty), 0)
 
-    def compress(self, dense: dict[str, Tensor], resets: int) -> dict[str, Tensor]:
+    def compress(self, dense: dict[str, Tensor], resets: int) -> dict[str, Any]:
         """Return the state of the mask after ``resets`` resets, with its elements of flat dense moments."""
         now = self._mask(resets)
         before = self._mask(resets - 1) if resets else torch.zeros_like(now)
@@ -49,7 +49,7 @@ class SparseMoments:
         kept = {key: values.flatten()[indices].to(self._dtype) for key, values in dense.items()}
         # half the memory for all but giant tensors
         narrow = torch.int32 if now.numel() < 2**31 else torch.int64
-        return {**kept, "indices": indices.to(narrow), "carried": torch.tensor(len(carried))}
+        return {**kept, "indices": indices.to(narrow), "carried": len(carried)}
 
     def expand(self, state: dict[str, Any], key: str) -> Tensor:
         """Return a moment in the shape and placement of the parameter, zero outside of the mask."""
@@ -64,9 +64,9 @@ class SparseMoments:
             )
         return dense
 
-    def redraw(self, state: dict[str, Any], betas: tuple[float, float]) -> dict[str, Tensor]:
+    def redraw(self, state: dict[str, Any], betas: tuple[float, float]) -> dict[str, Any]:
         """Return the state of the next mask: what both hold keeps its moments, bias-corrected; others begin at zero."""
-        step, carried = state["step"].item(), int(state["carried"])
+        step, carried = state["step"].item(), state["carried"]
         dense = {}
         for key, beta in zip(MOMENTS, betas, strict=True):
             state[key][carried:] /= 1 - beta**step
