@@ -1,0 +1,136 @@
+"""What the spike-aware optimizers share: whose state they go on from, and what they refuse."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from lightning_cl.optim import SPAM, StableSPAM, reset_state
+
+EVERY = pytest.mark.parametrize("kind", [SPAM, StableSPAM])
+
+
+def run(optimizer: Optimizer, parameter: Parameter, steps: range) -> Tensor:
+    """Step with gradients that are a function of the step; return the weights."""
+    for step in steps:
+        parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(step))
+        optimizer.step()
+    return parameter.detach().clone()
+
+
+def no_spikes(parameter: Parameter, **settings: Any) -> SPAM:
+    """SPAM where it is AdamW."""
+    return SPAM([parameter], threshold=float("inf"), reset_interval=None, **settings)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_goes_on_from_adamw(fused: bool) -> None:
+    """Moments, bias correction and learning rate, but not the implementation."""
+    straight, resumed = Parameter(torch.ones(5)), Parameter(torch.ones(5))
+    settings = {"lr": 0.1, "betas": (0.8, 0.99), "weight_decay": 0.1}
+    expected = run(AdamW([straight], **settings), straight, range(12))
+    first = AdamW([resumed], fused=fused, **settings)
+    run(first, resumed, range(5))
+    second = no_spikes(resumed)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert not second.param_groups[0]["fused"]
+    assert second.param_groups[0]["reset_interval"] is None
+    torch.testing.assert_close(run(second, resumed, range(5, 12)), expected, rtol=1e-6, atol=1e-7)
+    assert second.state[resumed]["step"] == 12
+
+
+def test_adam_of_other_groups_is_refused() -> None:
+    """By torch's own message."""
+    parameters = [Parameter(torch.ones(2)), Parameter(torch.ones(2))]
+    with pytest.raises(ValueError, match="parameter group"):
+        SPAM(parameters).load_state_dict(Adam([{"params": p} for p in parameters]).state_dict())
+
+
+@EVERY
+def test_state_without_moments_is_refused(kind: type[Optimizer]) -> None:
+    """Silence would train on with moments of zero."""
+    parameter = Parameter(torch.ones(2))
+    other = SGD([parameter], lr=0.1, momentum=0.9)
+    run(other, parameter, range(1))
+    with pytest.raises(ValueError, match=r"no \['exp_avg', 'exp_avg_sq', 'step'\].*load_from_checkpoint"):
+        kind([parameter]).load_state_dict(other.state_dict())
+
+
+@EVERY
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr": -1.0}, "`lr` must be 0 or more, got -1.0"),
+        ({"betas": (0.9, 1.0)}, r"`betas` must be from 0 to below 1, got \(0.9, 1.0\)"),
+        ({"betas": (-0.1, 0.9)}, "`betas`"),
+        ({"eps": 0.0}, "`eps` must be above 0, got 0.0"),
+        ({"weight_decay": -0.1}, "`weight_decay` must be 0 or more"),
+        ({"reset_interval": 0}, "`reset_interval` must be 1 or more, or None"),
+        ({"warmup_steps": -1}, "`warmup_steps` must be 0 or more"),
+        ({"state_dtype": "float8"}, "`state_dtype` must be None or one of"),
+    ],
+)
+def test_settings_out_of_range_are_refused(kind: type[Optimizer], settings: dict[str, Any], message: str) -> None:
+    """For all parameters, and for a group that is added later, which leaves the others as they were."""
+    parameter, more = Parameter(torch.ones(2)), Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match=message):
+        kind([parameter], **settings)
+    optimizer = kind([parameter])
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": [more], **settings})
+    assert len(optimizer.param_groups) == 1
+
+
+@EVERY
+def test_sparse_gradients_are_refused_before_anything_moves(kind: type[Optimizer]) -> None:
+    """And the message says which setting of the embedding makes them."""
+    dense, table = Parameter(torch.ones(3)), Parameter(torch.ones(4, 2))
+    optimizer = kind([dense, table])
+    dense.grad = torch.ones(3)
+    table.grad = torch.sparse_coo_tensor([[1]], [[1.0, 1.0]], (4, 2), check_invariants=False)
+    with pytest.raises(ValueError, match=r"parameter 1 of shape \(4, 2\) is sparse.*sparse=False"):
+        optimizer.step()
+    assert torch.equal(dense, torch.ones(3))
+
+
+@EVERY
+def test_complex_parameters_are_refused(kind: type[Optimizer]) -> None:
+    """A spike of a complex number is not defined."""
+    with pytest.raises(ValueError, match="real parameters only"):
+        kind([Parameter(torch.ones(2, dtype=torch.complex64))])
+
+
+@EVERY
+def test_a_reset_counts_only_where_there_is_something_to_reset(kind: type[Optimizer]) -> None:
+    """Before the first gradient, and right after another reset, nothing changes and no warm-up begins."""
+    stepped, idle = Parameter(torch.ones(3)), Parameter(torch.ones(3))
+    optimizer = kind([stepped, idle])
+    optimizer.reset_moments()
+    assert not optimizer.state
+    run(optimizer, stepped, range(3))
+    reset_state(optimizer)
+    reset_state(optimizer)
+    state = optimizer.state[stepped]
+    assert (state["step"], state["resets"]) == (0, 1)
+    assert not state["exp_avg"].any()
+    assert not state["exp_avg_sq"].any()
+    assert not optimizer.state.get(idle)
+
+
+def test_layout_of_the_weights_does_not_matter() -> None:
+    """Channels-last weights with gradients in the usual order, in every storage."""
+    start = torch.randn(32, 16, 4, 4, generator=torch.Generator().manual_seed(0))
+    for settings in ({}, {"foreach": True}, {"capturable": True}, {"density": 0.5}, {"state_dtype": "bfloat16"}):
+        ends = []
+        for layout in (torch.contiguous_format, torch.channels_last):
+            weight = Parameter(start.clone().to(memory_format=layout))
+            optimizer = SPAM([weight], reset_interval=4, warmup_steps=2, clip_delay=1, threshold=10.0, **settings)
+            ends.append(run(optimizer, weight, range(10)))
+        assert torch.equal(*ends), settings
+        assert not torch.equal(ends[0], start)
