@@ -1,4 +1,4 @@
-"""The examples on the pages of the methods run."""
+"""The examples on the pages of the methods and the optimizers run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-PAGES = sorted((Path(__file__).parents[1] / "docs" / "methods").glob("*.md"))
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = sorted(page for folder in ("methods", "optimizers") for page in (DOCS / folder).glob("*.md"))
 WITHOUT = ("comparison", "index", "replay-sizes")
 PYTHON = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 

@@ -65,6 +65,12 @@ def check_count(name: str, value: Any) -> None:
 def check_gradients(trainer: Trainer, pl_module: LightningModule, user: object) -> None:
     """Refuse gradients that a term in ``on_before_optimizer_step`` cannot be added to."""
     name = type(user).__name__
+    for optimizer in trainer.optimizers:
+        if getattr(optimizer, "forward_only", False):
+            raise ValueError(
+                f"`{name}` acts on gradients, and `{type(optimizer).__name__}` computes none: it would do nothing. Put"
+                " what it adds to the loss into the closure, or use an optimizer with a backward."
+            )
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     if scaler is not None and any(getattr(o, "_step_supports_amp_scaling", False) for o in trainer.optimizers):
         raise ValueError(

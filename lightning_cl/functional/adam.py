@@ -60,7 +60,8 @@ def adam_update_(
         parameters, gradients = list(parameters), list(gradients)
         first_moments, second_moments = list(first_moments), list(second_moments)
         if weight_decay:
-            torch._foreach_mul_(parameters, 1 - lr * weight_decay)
+            # not a product with what remains, which float32 would round alike in every step
+            torch._foreach_add_(parameters, parameters, alpha=-lr * weight_decay)
         torch._foreach_lerp_(first_moments, gradients, 1 - beta1)
         torch._foreach_mul_(second_moments, beta2)
         torch._foreach_addcmul_(second_moments, gradients, gradients, 1 - beta2)
@@ -70,7 +71,7 @@ def adam_update_(
         return
     for parameter, gradient, first, second in zip(parameters, gradients, first_moments, second_moments, strict=True):
         if weight_decay:
-            parameter.mul_(1 - lr * weight_decay)
+            parameter.add_(parameter, alpha=-lr * weight_decay)
         first.lerp_(gradient, 1 - beta1)
         second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         parameter.addcdiv_(first, second.sqrt().add_(eps * correction2), value=size)

@@ -103,8 +103,8 @@ def count_spikes(gradient: Tensor, second_moment: Tensor, threshold: float) -> T
     """
     if not gradient.numel():
         return torch.zeros(2, dtype=torch.float64, device=gradient.device)
-    ratio = torch.where(second_moment > 0, gradient.square() / second_moment, 0.0)
-    return torch.stack([(ratio > threshold).sum().double(), ratio.amax().double()])
+    ratio = gradient.square().div_(second_moment).masked_fill_(second_moment == 0, 0.0)
+    return torch.stack([torch.count_nonzero(ratio > threshold).double(), ratio.amax().double()])
 
 
 class Schedule(NamedTuple):
@@ -176,7 +176,7 @@ def spam_update_(
         first_moment: The same shape.
         second_moment: The same shape.
         schedule: Scalars, from :func:`schedule_`.
-        decay: What remains of the weights, one without weight decay.
+        decay: What part of the weights is taken from them: the learning rate times the weight decay.
         betas: Decays of the moments.
     """
     first_moment.masked_fill_(schedule.due, 0)
@@ -186,4 +186,4 @@ def spam_update_(
     first_moment.lerp_(gradient, 1 - betas[0])
     second_moment.mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
     step = first_moment / (torch.sqrt(second_moment) + schedule.eps) * schedule.size
-    parameter.copy_(parameter * decay - step)
+    parameter.copy_(parameter - parameter * decay - step)

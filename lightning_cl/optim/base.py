@@ -231,9 +231,14 @@ class MomentResetOptimizer(Optimizer, ABC):
                 number += 1
 
     def _restored(self, parameter: Parameter, group: Group, number: int, values: dict[str, Any]) -> dict[str, Any]:
-        state = self._new_state(parameter, group, number)
+        state, storage = self._new_state(parameter, group, number), self._storage(parameter, group)
         for key in state.keys() & self._known(values).keys():
-            local(state[key]).copy_(local(torch.as_tensor(values[key])))
+            value = local(torch.as_tensor(values[key]))
+            if key in MOMENTS and storage.block and value.is_floating_point():
+                # AdamW's, to be kept in 8 bits from now on
+                storage.write(state, key, value.to(parameter.device, torch.float32), ())
+            else:
+                local(state[key]).copy_(value)
         return state
 
     def _known(self, values: dict[str, Any]) -> dict[str, Any]:

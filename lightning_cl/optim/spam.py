@@ -208,7 +208,7 @@ class SPAM(MomentResetOptimizer):
                 # one shape for all, so that it is compiled once
                 same_order = all(t.is_contiguous() for t in tensors)
                 weight, gradient, m, v = (t.view(-1) if same_order else t for t in tensors)
-                decay = 1 - group["lr"] * group["weight_decay"]
+                decay = group["lr"] * group["weight_decay"]
                 update(weight, gradient, m, v, Schedule(*row), decay, group["betas"])
 
     # ------------------------------------------------------------------ moments of a part of the weights

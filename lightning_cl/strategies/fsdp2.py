@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.types import _PATH
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
@@ -18,13 +18,14 @@ from torch import nn
 from torch.distributed._composable.checkpoint_activation import checkpoint
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_cl.core.checks import check_choice
 from lightning_cl.core.lazy import LazyWeights
+from lightning_cl.core.state import reshard
 from lightning_cl.quantization import check_can_shard
 from lightning_cl.strategies.checkpoint import PendingWrite, read_rest, read_tensors, write_file, write_folder
 from lightning_cl.strategies.checks import check_optimizers, check_precision, check_shardable, check_sharded_whole
@@ -169,6 +170,9 @@ class FSDP2Strategy(ModelParallelStrategy):
         if trainer.state.fn == "fit":
             self.setup_optimizers(trainer)
             check_optimizers(self.model, self.optimizers)
+            if isinstance(self.model, FSDPModule) and any(_is_forward_only(o) for o in self.optimizers):
+                # it waits for a backward otherwise
+                self.model.set_reshard_after_forward(True, recurse=False)
         self.setup_precision_plugin()
 
     def _shard(self) -> None:
@@ -247,6 +251,30 @@ class FSDP2Strategy(ModelParallelStrategy):
         assert self.lightning_module is not None and self.model is not None
         with self.precision_plugin.train_step_context():
             return self._root.run(self.model, self.lightning_module.training_step, args, kwargs, once=True)
+
+    @override
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: LightningModule | nn.Module | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if not _is_forward_only(optimizer):
+            return super().optimizer_step(optimizer, closure, model, **kwargs)
+        assert self.model is not None
+        root = self.model
+
+        def evaluate() -> Any:
+            self._root.gather_again(root)
+            value = closure()
+            # hooks on the step look for shards
+            reshard(root)
+            return value
+
+        output = super().optimizer_step(optimizer, evaluate, model, **kwargs)
+        self._root.gather_again(root)
+        return output
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -346,3 +374,8 @@ class FSDP2Strategy(ModelParallelStrategy):
     def teardown(self) -> None:
         PendingWrite.settle()
         super().teardown()
+
+
+def _is_forward_only(optimizer: Optimizer) -> bool:
+    """Return whether an optimizer evaluates its closure at several weights, and needs no backward of any."""
+    return getattr(optimizer, "forward_only", False)

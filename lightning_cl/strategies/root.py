@@ -54,6 +54,12 @@ class RootForward:
                 # no backward follows, after which units are freed and show their shards again
                 reshard(module)
 
+    def gather_again(self, root: nn.Module) -> None:
+        """Let what follows in a step compute with the shards as they are now, not as they were when it began."""
+        reshard(root)
+        if self._inside:
+            cast(FSDPModule, root).unshard()
+
 
 @contextmanager
 def _without_own_hooks(root: nn.Module) -> Iterator[None]:
