@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from contract import Row, all_rows, methods_elsewhere
 from lightning_cl import ContinualCallback, FSDP2Strategy
@@ -46,23 +47,26 @@ def test_every_method_has_a_row() -> None:
 @every_method
 def test_ends_where_a_plain_loop_ends(row: Row, tmp_path: Path) -> None:
     """Over two tasks the weights are those of a torch loop with the method written into it."""
-    torch.testing.assert_close(fit_stream(tmp_path, [row.make()]), row.plain_loop(), rtol=0, atol=row.tolerance)
+    torch.testing.assert_close(
+        fit_stream(tmp_path, [row.make()], module=row.module()), row.plain_loop(), rtol=0, atol=row.tolerance
+    )
 
 
 @every_method
 def test_is_not_a_no_op(row: Row, tmp_path: Path) -> None:
     """Without its key line a method would end where fine-tuning ends."""
-    assert (fit_stream(tmp_path, [row.make()]) - fit_stream(tmp_path)).abs().max() > 1e-2
+    with_method = fit_stream(tmp_path, [row.make()], module=row.module())
+    assert (with_method - fit_stream(tmp_path, module=row.module())).abs().max() > 1e-2
 
 
 @every_method
 def test_one_fit_for_each_task_is_the_same(row: Row, tmp_path: Path) -> None:
     """With plain loaders and a fresh Trainer for each task, the callback's state lives on in the object."""
-    method, module = row.make(), ToyModule(learning_rate=0.05)
+    method, module = row.make(), row.module(learning_rate=0.05)
     for loader in toy_loaders():
         trainer(tmp_path, [method], max_epochs=1).fit(module, loader, loader)
     assert method.completed_tasks == 2
-    plain = ToyModule(learning_rate=0.05)
+    plain = row.module(learning_rate=0.05)
     for loader in toy_loaders():
         trainer(tmp_path, max_epochs=1).fit(plain, loader, loader)
     assert (weights(module) - weights(plain)).abs().max() > 1e-3
@@ -71,12 +75,12 @@ def test_one_fit_for_each_task_is_the_same(row: Row, tmp_path: Path) -> None:
 @every_method
 def test_one_fit_for_each_task_through_checkpoints_is_the_same(row: Row, tmp_path: Path) -> None:
     """A refresh job with fresh objects that loads the last checkpoint ends where one object ends."""
-    kept, module = row.make(), ToyModule()
+    kept, module = row.make(), row.module()
     for number, loader in enumerate(toy_loaders(), start=1):
         job = trainer(tmp_path, [kept], max_epochs=number)
         job.fit(module, loader, loader, ckpt_path=None if number == 1 else tmp_path / "last.ckpt")
         job.save_checkpoint(tmp_path / "last.ckpt")
-    fresh = ToyModule()
+    fresh = row.module()
     for number, loader in enumerate(toy_loaders(), start=1):
         job = trainer(tmp_path, [row.make()], max_epochs=number)
         job.fit(fresh, loader, loader, ckpt_path=None if number == 1 else tmp_path / "fresh.ckpt")
@@ -89,9 +93,9 @@ def test_one_fit_for_each_task_through_checkpoints_is_the_same(row: Row, tmp_pat
 def test_resumes_to_the_same_bits(row: Row, step: int, tmp_path: Path) -> None:
     """From a checkpoint at any step, with dropout, read with ``weights_only=True``."""
     through = row.make()
-    straight = fit_stream(tmp_path, [through, saver(tmp_path)], module=ToyModule(dropout=0.3))
+    straight = fit_stream(tmp_path, [through, saver(tmp_path)], module=row.module(dropout=0.3))
     torch.manual_seed(999)
-    resumed, path, again = ToyModule(dropout=0.3), tmp_path / f"step={step}.ckpt", row.make()
+    resumed, path, again = row.module(dropout=0.3), tmp_path / f"step={step}.ckpt", row.make()
     fit = trainer(tmp_path, [again, saver(tmp_path / "resumed")])
     fit.fit(resumed, datamodule=toy_stream(), ckpt_path=path, weights_only=True)
     assert torch.equal(weights(resumed), straight)
@@ -119,24 +123,24 @@ def assert_same(found: Any, expected: Any) -> None:
 @every_stateful_method
 def test_missing_state_is_refused(row: Row, tmp_path: Path) -> None:
     """A checkpoint without the method's state would leave the model unprotected."""
-    fit_stream(tmp_path, [saver(tmp_path)])
+    fit_stream(tmp_path, [saver(tmp_path)], module=row.module())
     with pytest.raises(ValueError, match=f"no state for {row.method.__name__}.*load_from_checkpoint"):
-        fit_stream(tmp_path, [row.make(), saver(tmp_path)], ckpt_path=tmp_path / "step=8.ckpt")
+        fit_stream(tmp_path, [row.make(), saver(tmp_path)], module=row.module(), ckpt_path=tmp_path / "step=8.ckpt")
 
 
 @every_method
 def test_weights_only_checkpoint_is_refused(row: Row, tmp_path: Path) -> None:
     """Lightning restores no callback from it, and says nothing."""
-    fit_stream(tmp_path, [row.make(), saver(tmp_path, save_weights_only=True)])
+    fit_stream(tmp_path, [row.make(), saver(tmp_path, save_weights_only=True)], module=row.module())
     with pytest.raises((ValueError, KeyError), match=r"no state for|save_weights_only"):
-        fit_stream(tmp_path, [row.make()], ckpt_path=tmp_path / "step=8.ckpt")
+        fit_stream(tmp_path, [row.make()], module=row.module(), ckpt_path=tmp_path / "step=8.ckpt")
 
 
 @every_method
 def test_survives_pickling(row: Row, tmp_path: Path) -> None:
     """As it reaches another process before a fit."""
-    found = fit_stream(tmp_path, [pickle.loads(pickle.dumps(row.make()))])
-    assert torch.equal(found, fit_stream(tmp_path, [row.make()]))
+    found = fit_stream(tmp_path, [pickle.loads(pickle.dumps(row.make()))], module=row.module())
+    assert torch.equal(found, fit_stream(tmp_path, [row.make()], module=row.module()))
 
 
 @every_method
@@ -216,12 +220,14 @@ def fit_on_this_rank(
     root: Path,
     method: type[ContinualCallback],
     settings: dict[str, Any],
+    optimizer: Callable[..., Optimizer] | None,
     strategy: str,
     saved: str | None = None,
     ckpt_path: Path | None = None,
 ) -> Tensor:
     """Fit the toy stream with half of each batch; return the full weights."""
-    module = (SelfSharded if strategy == "model-parallel" else ToyModule)(dropout=0.3 if saved else 0.0)
+    kind = SelfSharded if strategy == "model-parallel" else ToyModule
+    module = kind(dropout=0.3 if saved else 0.0, optimizer=optimizer)
     callbacks = [method(**settings), *([saver(root / saved)] if saved else ())]
     fit = trainer(root, callbacks, strategy=STRATEGIES[strategy](), devices=2)
     fit.fit(module, datamodule=toy_stream(batch_size=4), ckpt_path=ckpt_path)
@@ -235,7 +241,7 @@ def fit_on_this_rank(
 def test_two_ranks_end_where_one_process_ends(row: Row, strategy: str, two_ranks: Ranks, tmp_path: Path) -> None:
     """Over two tasks, with the joined batch: data-parallel, and sharded by our strategy and by Lightning's."""
     expected = row.plain_loop(batch_size=4, world_size=2)
-    first, second = two_ranks.run(fit_on_this_rank, tmp_path, row.method, row.settings, strategy)
+    first, second = two_ranks.run(fit_on_this_rank, tmp_path, row.method, row.settings, row.optimizer, strategy)
     assert torch.equal(first, second)
     torch.testing.assert_close(first, expected, rtol=0, atol=max(row.tolerance, 1e-6))
 
@@ -245,7 +251,7 @@ def test_two_ranks_end_where_one_process_ends(row: Row, strategy: str, two_ranks
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_ranks_resume_to_the_same_bits(row: Row, strategy: str, two_ranks: Ranks, tmp_path: Path) -> None:
     """In the second task, with dropout; a sharded checkpoint keeps the method's state as shards."""
-    fixed = (row.method, row.settings, strategy)
+    fixed = (row.method, row.settings, row.optimizer, strategy)
     straight = two_ranks.run(fit_on_this_rank, tmp_path, *fixed, "straight")
     path = tmp_path / "straight" / "step=8.ckpt"
     assert path.is_dir() == (strategy == "fsdp2")

@@ -27,12 +27,15 @@ from lightning_cl.callbacks.pcr import PCR
 from lightning_cl.callbacks.progress import TaskProgressBar
 from lightning_cl.callbacks.replay import ExperienceReplay
 from lightning_cl.callbacks.reptile import Reptile
+from lightning_cl.callbacks.rewarm import Rewarm
 from lightning_cl.callbacks.rwalk import RWalk
 from lightning_cl.callbacks.salient_layers import SalientLayers
 from lightning_cl.callbacks.self_rehearsal import SelfRehearsal
 from lightning_cl.callbacks.si import SI
 from lightning_cl.callbacks.singular_subspaces import SingularSubspaceProjection
 from lightning_cl.callbacks.soft_mask import SoftMask
+from lightning_cl.callbacks.spike_aware import SpikeAware
+from lightning_cl.callbacks.spike_monitor import SpikeMonitor
 from lightning_cl.callbacks.stored_samples import StoredSamples
 
 __all__ = [
@@ -64,10 +67,13 @@ __all__ = [
     "RWalk",
     "ReplayMemory",
     "Reptile",
+    "Rewarm",
     "SalientLayers",
     "SelfRehearsal",
     "SingularSubspaceProjection",
     "SoftMask",
+    "SpikeAware",
+    "SpikeMonitor",
     "StoredSamples",
     "TaskProgressBar",
 ]

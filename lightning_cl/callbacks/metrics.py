@@ -23,7 +23,7 @@ from lightning_cl.core.events import TaskEvents
 from lightning_cl.core.generation import GeneratesSamples
 from lightning_cl.core.stream import TaskStream
 from lightning_cl.core.task import Task
-from lightning_cl.metrics.record import RunRecord, WithinTask, write_record
+from lightning_cl.metrics.record import RecordsTraces, RunRecord, WithinTask, write_record
 from lightning_cl.metrics.summary import summarise_matrix
 
 __all__ = ["ContinualMetrics"]
@@ -189,7 +189,7 @@ class ContinualMetrics(ContinualCallback):
 
     def record(self, trainer: Trainer) -> RunRecord:
         """Return all that a report needs of this run."""
-        methods = [c for c in trainer.callbacks if isinstance(c, ContinualCallback) and c.boundaries != "evaluation"]  # type: ignore[attr-defined]
+        methods = [c for c in _continual(trainer) if c.boundaries != "evaluation"]
         return RunRecord(
             method=self.name or "+".join(type(c).__name__ for c in methods) or "finetune",
             seed=getattr(trainer.datamodule, "seed", None),  # type: ignore[attr-defined]
@@ -212,6 +212,7 @@ class ContinualMetrics(ContinualCallback):
             samples=[self._samples.get(row, {}) for row in range(len(self.matrix))]
             if any(self._samples.values())
             else [],
+            traces=[trace for c in _continual(trainer) if isinstance(c, RecordsTraces) for trace in c.traces()],
         )
 
     def _read(self, trainer: Trainer, name: str) -> list[float]:
@@ -279,6 +280,10 @@ def _stack(rows: list[list[float]], width: int = 0) -> Tensor:
     """Return rows of at least ``width`` scores, NaN where a row has none."""
     width = max([width, *(len(row) for row in rows)])
     return torch.tensor([[*row, *[float("nan")] * (width - len(row))] for row in rows], dtype=torch.float64)
+
+
+def _continual(trainer: Trainer) -> list[ContinualCallback]:
+    return [c for c in trainer.callbacks if isinstance(c, ContinualCallback)]  # type: ignore[attr-defined]
 
 
 def _config(trainer: Trainer) -> str:

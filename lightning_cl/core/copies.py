@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_cl.core.state import ParameterState, local, reshard
 
-__all__ = ["WeightCopy"]
+__all__ = ["WeightCopy", "persistent_buffers"]
 
 
 class WeightCopy:
@@ -172,7 +172,7 @@ class WeightCopy:
         return torch.promote_types(parameter.dtype, torch.float32) if self._float32 else parameter.dtype
 
     def _buffers_of(self, pl_module: LightningModule) -> dict[str, Tensor]:
-        return _persistent_buffers(pl_module) if self._with_buffers else {}
+        return persistent_buffers(pl_module) if self._with_buffers else {}
 
     def _take_buffers(self, pl_module: LightningModule) -> None:
         present = self._buffers_of(pl_module)
@@ -186,7 +186,7 @@ def _trainable(pl_module: LightningModule) -> dict[str, nn.Parameter]:
     return {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
 
 
-def _persistent_buffers(pl_module: LightningModule) -> dict[str, Tensor]:
+def persistent_buffers(pl_module: LightningModule) -> dict[str, Tensor]:
     """Return what a checkpoint holds: statistics, but no tables that are made anew."""
     return {
         f"{path}.{name}" if path else name: buffer

@@ -24,6 +24,7 @@ from lightning_cl.datamodules.samplers import EvaluationSampler, TaskSampler
 from lightning_cl.datamodules.samples import TrainingSamples
 from lightning_cl.datamodules.scenarios import Scenario
 from lightning_cl.datamodules.splits import Split, read_split
+from lightning_cl.functional.reset_state import reset_state
 
 __all__ = ["TaskStreamDataModule"]
 
@@ -267,20 +268,17 @@ class TaskStreamDataModule(LightningDataModule):
             steps_per_task=self.steps_per_task,
         )
         self._samples = TrainingSamples(self._splits["train"], self._made, self.collate_fn, self.seed)
-        # what an evaluation set lacks is an error before training, not at its first evaluation
+        # what an evaluation set lacks is an error before training
         for name in self._splits.keys() - {"train"}:
             self._evaluation_rows(name)
 
     def on_task_start(self, task: Task) -> None:
         """Apply the optimizer policy at a boundary; called by the task events."""
-        trainer = self._attached()
-        if task.index == 0 or self.optimizer_policy == "keep":
-            return
-        if self.optimizer_policy == "rebuild":
+        trainer, policy = self._attached(), self.optimizer_policy
+        if task.index > 0 and policy == "rebuild":
             trainer.strategy.setup_optimizers(trainer)
-        else:
-            for optimizer in trainer.optimizers:
-                optimizer.state.clear()
+        for optimizer in trainer.optimizers if task.index > 0 and policy == "reset_state" else ():
+            reset_state(optimizer)
 
     # ------------------------------------------------------------------ loaders
 

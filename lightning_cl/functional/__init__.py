@@ -11,8 +11,10 @@ from lightning_cl.functional.gem import gem_coefficients
 from lightning_cl.functional.gpm import add_gram_, extend_basis
 from lightning_cl.functional.icarl import icarl_loss
 from lightning_cl.functional.interference import most_interfered, virtual_step_
+from lightning_cl.functional.loss_spikes import loss_deviation
 from lightning_cl.functional.mas import SensitivitySums, output_sensitivity
 from lightning_cl.functional.masks import half_of_each, hold_gradient_, kth_largest, scale_update_, unit_importance
+from lightning_cl.functional.mezo import direction, move_along_, projected_gradient
 from lightning_cl.functional.nearest_mean import class_means, feature_sums, nearest_mean_scores
 from lightning_cl.functional.path_integral import path_importance_, path_integral_
 from lightning_cl.functional.per_sample import LayerTape
@@ -49,6 +51,14 @@ from lightning_cl.functional.singular_subspaces import (
     normalised_importance,
     protected_rank,
 )
+from lightning_cl.functional.stable_spam import (
+    absolute_maxima,
+    annealing_scale,
+    clip_to_thresholds_,
+    euclidean_norms,
+    norm_factors_,
+    spike_thresholds_,
+)
 from lightning_cl.functional.subspaces import Subspace, complement_basis
 from lightning_cl.functional.task_filters import train_filter
 
@@ -61,20 +71,25 @@ __all__ = [
     "SquaredGradients",
     "Subspace",
     "UnshardedWeights",
+    "absolute_maxima",
     "absolute_sums_by_loop",
     "add_gram_",
     "add_references_",
     "add_similarity_",
     "add_squares_",
     "agem_coefficient",
+    "annealing_scale",
     "average_score_",
     "batched_fisher",
     "class_means",
     "clip_components_",
+    "clip_to_thresholds_",
     "compared_logits",
     "complement_basis",
+    "direction",
     "distillation_loss",
     "empirical_fisher",
+    "euclidean_norms",
     "exact_fisher",
     "extend_basis",
     "feature_distance",
@@ -90,17 +105,21 @@ __all__ = [
     "kth_largest",
     "leading_subspaces",
     "logit_distance",
+    "loss_deviation",
     "merge_online_",
     "merge_separate_",
     "meta_gradient",
     "most_interfered",
+    "move_along_",
     "moving_fisher_",
     "nearest_mean_scores",
+    "norm_factors_",
     "normalised_importance",
     "output_sensitivity",
     "pad_logits",
     "path_importance_",
     "path_integral_",
+    "projected_gradient",
     "protected_rank",
     "proxy_contrastive_loss",
     "proxy_distillation",
@@ -115,6 +134,7 @@ __all__ = [
     "sample_proxy_contrastive_loss",
     "sampled_fisher",
     "scale_update_",
+    "spike_thresholds_",
     "squared_norms",
     "squared_sums_by_loop",
     "train_filter",

@@ -10,12 +10,12 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
 
-__all__ = ["RunRecord", "WithinTask", "read_records", "write_record"]
+__all__ = ["RecordsTraces", "RunRecord", "Trace", "WithinTask", "read_records", "write_record"]
 
 VERSION = 1
 _NUMBER = (int, float, type(None))
@@ -43,6 +43,43 @@ class WithinTask:
 
 
 @dataclass(frozen=True)
+class Trace:
+    """A quantity over the optimizer steps of a run, and the steps at which something happened.
+
+    Args:
+        name: What it is about, such as ``"gradient spikes"``.
+        quantity: What the values are, for the axis.
+        step: Numbers of optimizer steps, from 0.
+        value: One value for each of them; ``None`` where it was not finite.
+        marks: Steps at which something happened, by what happened there.
+        level: A value to compare with.
+        scale: Of the axis.
+    """
+
+    name: str
+    quantity: str
+    step: list[int]
+    value: list[float | None]
+    marks: dict[str, list[int]] = field(default_factory=dict)
+    level: float | None = None
+    scale: Literal["linear", "log"] = "linear"
+
+    def __post_init__(self) -> None:
+        """Turn ``NaN`` and infinite values into ``None`` and check that the parts fit together."""
+        object.__setattr__(self, "value", [_finite(value) for value in self.value])
+        if len(self.step) != len(self.value):
+            raise ValueError(f"`step` and `value` of the trace {self.name!r} differ in length.")
+
+
+@runtime_checkable
+class RecordsTraces(Protocol):
+    """A callback that has curves of its own for the report."""
+
+    def traces(self) -> list[Trace]:
+        """Return them."""
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """What one run of one method over a stream gave.
 
@@ -66,6 +103,7 @@ class RunRecord:
         better: Which scores are better, ``"higher"`` ones, or ``"lower"`` ones as of a perplexity.
         further: More logged values by their names, a matrix of each, shown as tables.
         samples: Texts that the module wrote after each row, by prompt; empty where it wrote none.
+        traces: Curves that callbacks kept, each of which becomes a figure.
     """
 
     method: str
@@ -84,6 +122,7 @@ class RunRecord:
     better: Literal["higher", "lower"] = "higher"
     further: dict[str, Scores] = field(default_factory=dict)
     samples: list[dict[str, str]] = field(default_factory=list)
+    traces: list[Trace] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Turn ``NaN`` into ``None`` and check that the parts fit together."""
@@ -197,9 +236,11 @@ def _read(path: Path) -> RunRecord:
         )
     try:
         _check_types(content)
-        return RunRecord(**{**content, "within": WithinTask(**content.get("within", {}))})
+        traces = [Trace(**trace) for trace in content.get("traces", [])]
+        return RunRecord(**{**content, "within": WithinTask(**content.get("within", {})), "traces": traces})
     except (TypeError, ValueError) as error:
         reason = str(error).replace("RunRecord.__init__() ", "").replace("WithinTask.__init__() ", "")
+        reason = reason.replace("Trace.__init__() ", "")
         raise ValueError(f"{path} is not a valid record: {reason}") from None
 
 
@@ -226,6 +267,7 @@ def _check_types(content: Mapping[str, Any]) -> None:
     samples = content.get("samples", [])
     if not isinstance(samples, list) or not all(isinstance(t, dict) and _all_are(t.values(), str) for t in samples):
         raise ValueError("`samples` must be a list that maps prompts to text.")
+    _check_traces(content.get("traces", []))
     names, trained = content.get("task_names", []), content.get("trained") or []
     if not isinstance(trained, list) or not all(
         _all_are(row if isinstance(row, list) else [row], int) for row in trained
@@ -237,6 +279,19 @@ def _check_types(content: Mapping[str, Any]) -> None:
         values = content.get(name, {})
         if not isinstance(values, dict) or not _all_are(values.values(), kind):
             raise ValueError(f"`{name}` must map names to {'numbers or null' if name == 'summary' else 'text'}.")
+
+
+def _check_traces(traces: Any) -> None:
+    if not isinstance(traces, list) or not all(isinstance(trace, dict) for trace in traces):
+        raise ValueError("`traces` must be a list of mappings.")
+    for trace in traces:
+        if not all(isinstance(trace.get(name), str) for name in ("name", "quantity")):
+            raise ValueError("`name` and `quantity` of a trace must be text.")
+        lists = (trace.get("step"), trace.get("value"), *(trace.get("marks") or {}).values())
+        if not all(isinstance(values, list) and _all_are(values, _NUMBER) for values in lists):
+            raise ValueError("`step`, `value` and each of `marks` of a trace must be lists of numbers.")
+        if trace.get("scale", "linear") not in ("linear", "log"):
+            raise ValueError(f"`scale` of a trace must be 'linear' or 'log', got {trace['scale']!r}.")
 
 
 def _all_are(values: Iterable[object], kind: type | tuple[type, ...]) -> bool:

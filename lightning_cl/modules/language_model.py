@@ -16,9 +16,9 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_cl.core.checks import check_positive
+from lightning_cl.core.schedules import Schedule, task_scheduler
 from lightning_cl.modules.optimizers import OptimizerFactory, decay_groups
 from lightning_cl.modules.pretrained import NetworkBuilder, Quantization
-from lightning_cl.modules.schedules import Schedule, task_scheduler
 from lightning_cl.strategies import FSDP2Strategy
 from lightning_cl.strategies.frozen import FrozenBase, leave_out_base, put_back_base
 

@@ -1,6 +1,6 @@
 """Run records, the comparison table, and the HTML report with its figures (extra ``report``)."""
 
-from lightning_cl.metrics.record import RunRecord, WithinTask, read_records, write_record
+from lightning_cl.metrics.record import RunRecord, Trace, WithinTask, read_records, write_record
 from lightning_cl.report.html import write_report
 from lightning_cl.report.table import MethodRow, Statistic, format_markdown, format_table, print_table, summarise
 
@@ -8,6 +8,7 @@ __all__ = [
     "MethodRow",
     "RunRecord",
     "Statistic",
+    "Trace",
     "WithinTask",
     "format_markdown",
     "format_table",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_cl.core.imports import require
-from lightning_cl.metrics.record import RunRecord
+from lightning_cl.metrics.record import RunRecord, Trace
 from lightning_cl.report import plots
 from lightning_cl.report.style import DARK, LIGHT, Theme, cell_colors, png
 from lightning_cl.report.sweep import find_sweeps
@@ -67,6 +67,7 @@ def write_report(records: Sequence[RunRecord], directory: str | Path) -> Path:
             facts=_facts,
             colors=lambda score: cell_colors(score, limits),
             prompts=_prompts,
+            happenings=_happenings,
         )
     )
     path = directory / "report.html"
@@ -128,7 +129,7 @@ def _figures(
     by_method = []
     for position, row in enumerate(shown, start=1):
         runs = [record for record in records if record.method == row.method]
-        stem = f"{position}_{re.sub(r'[^A-Za-z0-9._-]+', '-', row.method)[:40].strip('.-') or 'method'}"
+        stem = f"{position}_{_slug(row.method) or 'method'}"
         images = [
             _draw(
                 f"{stem}_matrix.png",
@@ -144,6 +145,15 @@ def _figures(
                     lambda theme, runs=runs: plots.tasks_figure(runs[0], limits, theme),  # type: ignore[misc]
                 )
             )
+        traced = next((run for run in runs if run.traces), runs[0])
+        images += [
+            _draw(
+                f"{stem}_{_slug(trace.name)}.png",
+                f"{trace.quantity} over the optimizer steps of {traced.title}.{_what_happened(trace)}",
+                lambda theme, run=traced, trace=trace: plots.trace_figure(run, trace, theme),  # type: ignore[misc]
+            )
+            for trace in traced.traces
+        ]
         by_method.append((row, images))
     return overview, by_method
 
@@ -175,6 +185,17 @@ def _sweep_figures(rows: Sequence[MethodRow], limits: tuple[float, float]) -> tu
     return images, [row for row in rows if not any(row is other for other in hidden)]
 
 
+def _slug(name: str) -> str:
+    """Return a part of a file name."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name)[:40].strip(".-")
+
+
+def _what_happened(trace: Trace) -> str:
+    """Return the marks of a trace for those who do not see them."""
+    marks = [f"{kind} at {len(steps)} {'step' if len(steps) == 1 else 'steps'}" for kind, steps in trace.marks.items()]
+    return f" {', '.join(marks).capitalize()}." if marks else ""
+
+
 def _draw(file: str, alt: str, draw: Callable[[Theme], Figure | None]) -> _Image:
     light, dark = draw(LIGHT), draw(DARK)
     assert light is not None
@@ -196,6 +217,13 @@ def _facts(record: RunRecord) -> list[str]:
 def _prompts(record: RunRecord) -> list[str]:
     """Return the prompts that the module of a run continued."""
     return list(dict.fromkeys(prompt for texts in record.samples for prompt in texts))
+
+
+def _happenings(trace: Trace) -> list[tuple[int, str, float | None]]:
+    """Return step, kind and value of what a trace marks, in order."""
+    values = dict(zip(trace.step, trace.value, strict=True))
+    marked = sorted((step, kind) for kind, steps in trace.marks.items() for step in steps)
+    return [(step, kind, values.get(step)) for step, kind in marked]
 
 
 def _data_uri(image: bytes) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lightning_cl.metrics.record import RunRecord
+from lightning_cl.metrics.record import RunRecord, Trace
 from lightning_cl.report.style import (
     LIGHT,
     WIDTH,
@@ -41,6 +41,7 @@ __all__ = [
     "score_limits",
     "sweep_figure",
     "tasks_figure",
+    "trace_figure",
 ]
 
 MANY = 12  # more tasks than this are shown by position and colour, without names and numbers
@@ -281,6 +282,62 @@ def sweep_figure(sweep: Sweep, column: Column, limits: tuple[float, float], them
     axes.set_xlabel(setting.capitalize() + (" (logarithmic)" if sweep.logarithmic else ""))
     axes.set_ylabel(f"{column.title} ({column.better} is better)")
     return figure
+
+
+def trace_figure(run: RunRecord, trace: Trace, theme: Theme = LIGHT) -> Figure:
+    """Draw a curve that a callback kept over the optimizer steps of a run, with the steps at which something happened.
+
+    What happened where the value is not finite stands at the upper edge.
+    """
+    figure, axes = new_figure(height=3.5, title=f"{short(run.title, 28)}: {short(trace.name, 24)}", theme=theme)
+    logarithmic = trace.scale == "log"
+    if logarithmic:
+        axes.set_yscale("log")
+        axes.tick_params(which="minor", length=0)
+    known = [
+        (step, value)
+        for step, value in zip(trace.step, trace.value, strict=True)
+        if value is not None and (value > 0 or not logarithmic)
+    ]
+    axes.grid(visible=False, axis="x")
+    for end in _task_ends(run):
+        axes.axvline(end, color=theme.grid, linewidth=1, zorder=0)
+    if known:
+        axes.plot(*zip(*known, strict=True), color=theme.methods[0], linewidth=1.2)
+    if trace.level is not None:
+        axes.axhline(trace.level, color=theme.muted, linestyle="--", linewidth=1)
+        place = axes.get_yaxis_transform()
+        axes.text(1.02, trace.level, f"{trace.level:g}", color=theme.muted, fontsize=9, va="center", transform=place)
+    values = dict(known)
+    for position, (kind, steps) in enumerate(trace.marks.items(), start=1):
+        color = theme.methods[position % len(theme.methods)]
+        on_curve = [step for step in steps if step in values]
+        axes.plot(on_curve, [values[step] for step in on_curve], "o", color=color, ms=4, label=f"{kind} ({len(steps)})")
+        beyond = [step for step in steps if step not in values]
+        edge = axes.get_xaxis_transform()
+        axes.plot(beyond, [1.0] * len(beyond), "^", color=color, ms=5, transform=edge, clip_on=False)
+    if trace.marks:
+        axes.legend(
+            loc="upper right",
+            bbox_to_anchor=(1.0, -0.09),
+            ncols=len(trace.marks),
+            frameon=False,
+            fontsize=9,
+            labelcolor=theme.ink,
+            borderpad=0.0,
+            handletextpad=0.2,
+        )
+    if trace.step:
+        axes.set_xlim(trace.step[0], max(trace.step[-1], trace.step[0] + 1))
+    axes.set_xlabel("Optimizer steps", loc="left")
+    axes.set_ylabel(short(trace.quantity, 44))
+    return figure
+
+
+def _task_ends(run: RunRecord) -> list[int]:
+    """Return the optimizer steps at which all rows of the stream but the last ended."""
+    task, step = run.within.task, run.within.step
+    return [step[i] for i in range(len(step) - 1) if task[i + 1] != task[i]]
 
 
 def quantity(record: RunRecord) -> str:

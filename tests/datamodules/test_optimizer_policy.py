@@ -7,7 +7,8 @@ import torch
 from lightning.pytorch import Callback
 
 from lightning_cl import ContinualCallback
-from toys import ToyModule, fit_stream, toy_stream
+from lightning_cl.optim import SPAM
+from toys import ToyModule, fit_stream, toy_stream, trainer
 
 
 class Inspector(ContinualCallback):
@@ -74,3 +75,11 @@ def test_policies_train_differently(tmp_path):
     ]
     assert not torch.equal(ends[0], ends[1])
     assert not torch.equal(ends[1], ends[2])
+
+
+def test_an_optimizer_with_moments_of_its_own_resets_them_itself(tmp_path):
+    """SPAM counts the reset, which warms up the steps after it."""
+    module = ToyModule(optimizer=SPAM)
+    run = trainer(tmp_path)
+    run.fit(module, datamodule=toy_stream(optimizer_policy="reset_state"))
+    assert {float(state["resets"]) for state in run.optimizers[0].state.values()} == {1.0}

@@ -9,9 +9,11 @@ from pkgutil import iter_modules
 from typing import Any
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 import rows
 from lightning_cl import ContinualCallback
+from toys import ToyModule
 
 
 @dataclass(frozen=True)
@@ -23,15 +25,20 @@ class Row:
         settings: Its arguments.
         plain_loop: Called with ``batch_size`` and ``world_size``; returns the final weights.
         tolerance: Largest difference of a weight; 0 for the same bits.
+        optimizer: Called with the parameters and ``lr``; the toy module's own, SGD with momentum, if ``None``.
     """
 
     method: type[ContinualCallback]
     settings: dict[str, Any]
     plain_loop: Callable[..., Tensor]
     tolerance: float = 1e-6
+    optimizer: Callable[..., Optimizer] | None = None
 
     def make(self) -> ContinualCallback:
         return self.method(**self.settings)
+
+    def module(self, **settings: Any) -> ToyModule:
+        return ToyModule(optimizer=self.optimizer, **settings)
 
 
 def methods_elsewhere() -> dict[type[ContinualCallback], str]:

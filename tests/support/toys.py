@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +44,16 @@ def toy_loaders(batch_size: int = 8) -> list[DataLoader[Any]]:
 class ToyModule(LightningModule):
     """A module as users write them: no base class of ours, dropout included."""
 
-    def __init__(self, dropout: float = 0.0, learning_rate: float = 0.1, seed: int = 7) -> None:
+    def __init__(
+        self,
+        dropout: float = 0.0,
+        learning_rate: float = 0.1,
+        seed: int = 7,
+        optimizer: Callable[..., torch.optim.Optimizer] | None = None,
+    ) -> None:
         super().__init__()
         self.learning_rate = learning_rate
+        self.optimizer = optimizer
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.model = nn.Sequential(
@@ -67,6 +74,8 @@ class ToyModule(LightningModule):
         self.log("val_acc", (self(inputs).argmax(-1) == labels).float().mean(), batch_size=len(labels), sync_dist=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        if self.optimizer is not None:
+            return self.optimizer(self.parameters(), lr=self.learning_rate)
         return torch.optim.SGD(self.parameters(), lr=self.learning_rate, momentum=0.9)
 
 

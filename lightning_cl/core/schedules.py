@@ -16,7 +16,7 @@ from typing_extensions import override
 from lightning_cl.core.checks import check_choice
 from lightning_cl.core.stream import CountedStream, TaskStream
 
-__all__ = ["Schedule", "TaskScheduler", "task_scheduler"]
+__all__ = ["Schedule", "TaskScheduler", "set_rates", "task_scheduler"]
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Schedule:
                 f"`warmup` must be a number of steps, or a fraction of them from 0.0 to below 1.0, got {self.warmup!r}."
             )
         if not 0 <= self.floor <= 1:
-            raise ValueError(f"`floor` is a fraction of `learning_rate` from 0 to 1, got {self.floor!r}.")
+            raise ValueError(f"`floor` is a fraction of the learning rate from 0 to 1, got {self.floor!r}.")
 
     def factor(self, task: int, step: int, steps: int) -> float:
         """Return the fraction of the peak in ``step`` of the ``steps`` of a task."""
@@ -85,7 +85,7 @@ class TaskScheduler(LRScheduler):
     Args:
         optimizer: Its groups' learning rates are the peaks.
         schedule: The schedule.
-        steps: Optimizer steps of every task, each at least 1.
+        steps: Optimizer steps of every task, at least 1 in the last.
         done: Optimizer steps of the stream made before: where the scheduler is made anew at a boundary, it goes on.
         grows: Whether a checkpoint of a finished run is followed by a further task: one ``fit`` per task.
     """
@@ -123,14 +123,30 @@ class TaskScheduler(LRScheduler):
         self.base_lrs = list(state_dict["peaks"])
         self._offset = done - self.last_epoch
         self._last_lr = self.get_lr()
-        for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+        set_rates(self.optimizer, self._last_lr)
+
+
+def set_rates(optimizer: Optimizer, rates: Sequence[float | Tensor]) -> None:
+    """Give every parameter group its learning rate; one that is a tensor stays that tensor, as captured steps need."""
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
             group["lr"] = rate
 
 
-def task_scheduler(optimizer: Optimizer, schedule: Schedule, pl_module: LightningModule) -> TaskScheduler:
+def task_scheduler(
+    optimizer: Optimizer, schedule: Schedule, pl_module: LightningModule, *, completed_tasks: int = 0
+) -> TaskScheduler:
     """Return the scheduler of a module's optimizer, for the tasks of its Trainer's stream.
 
     Without a stream, and where the stream hides its boundaries, the fit is one task.
+
+    Args:
+        optimizer: Its groups' learning rates are the peaks.
+        schedule: The schedule.
+        pl_module: The module, attached to its Trainer.
+        completed_tasks: Without a stream: tasks learned in fits before, so that this one re-warms.
 
     Raises:
         ValueError: If the number of steps is unknown, because neither a stream nor the Trainer limits them.
@@ -146,7 +162,10 @@ def task_scheduler(optimizer: Optimizer, schedule: Schedule, pl_module: Lightnin
                 "The learning-rate schedule needs to know how many steps the fit has: set `max_epochs` or `max_steps`"
                 " of the Trainer, or `schedule='constant'` with `warmup` as a number of steps."
             )
-        return TaskScheduler(optimizer, schedule, [int(total)], grows=True)
+        # a Trainer whose limit was raised counts its earlier fits; so does a checkpoint, which brings their steps
+        done = 0 if trainer.ckpt_path else trainer.global_step
+        steps = [done, max(int(total) - done, 1)] if done or completed_tasks else [int(total)]
+        return TaskScheduler(optimizer, schedule, steps, done=done, grows=True)
     steps = [
         epochs * math.ceil(_limited(batches, trainer.limit_train_batches) / trainer.accumulate_grad_batches)
         for epochs, batches in stream.epochs_and_batches()

@@ -13,9 +13,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from language import TokenRows, llama, token_stream
+from lightning_cl.core.schedules import TaskScheduler
 from lightning_cl.datamodules import Online
 from lightning_cl.modules import Schedule
-from lightning_cl.modules.schedules import TaskScheduler
 from toys import fit_stream, trainer
 
 pytest.importorskip("transformers")
