@@ -147,6 +147,8 @@ class TaskEvents(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._updates is not None:
+            self._updates.begin_batch()
         # Lightning leaves `on_train_epoch_start` out when it resumes inside an epoch or at its last batch
         if not self.running or batch_idx == 0:
             self._open_task(trainer, pl_module)

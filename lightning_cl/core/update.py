@@ -6,7 +6,9 @@ of one that was taken, and not of one that a gradient scaler skipped.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -118,7 +120,9 @@ class UpdatePipeline:
             for hooks in (_BEFORE, _AFTER)
         )
         self._steps: dict[Optimizer, tuple[OptimizerStep, list[int]]] = {}
-        self._handles: dict[Optimizer, Any] = {}
+        self._handles: dict[Optimizer, list[Any]] = {}
+        # a step that calls that of its base class has hooks around both: how many are under way
+        self._entered: Counter[Optimizer] = Counter()
         # the steps that Lightning has announced and the optimizer has not taken
         self._announced: set[Optimizer] = set()
         self._names = sorted({type(c).__name__ for hook in (*_BEFORE, *_AFTER) for c in overriding(callbacks, hook)})
@@ -132,7 +136,11 @@ class UpdatePipeline:
                         f"{', '.join(self._names)} act once per optimizer step, but `LBFGS` evaluates gradients several"
                         " times in one. Use another optimizer."
                     )
-                self._handles[optimizer] = optimizer.register_step_post_hook(self._after)
+                self._watch(optimizer)
+
+    def begin_batch(self) -> None:
+        """Forget steps that an error has left under way."""
+        self._entered.clear()
 
     def before(self, optimizer: Optimizer) -> None:
         """Run what comes before a step: called where gradients are unscaled and not yet clipped."""
@@ -145,7 +153,7 @@ class UpdatePipeline:
 
     def detach(self) -> None:
         """Take the hooks off all optimizers."""
-        for handle in self._handles.values():
+        for handle in chain.from_iterable(self._handles.values()):
             handle.remove()
         self._handles, self._steps = {}, {}
 
@@ -161,10 +169,20 @@ class UpdatePipeline:
             self._steps[optimizer] = step, stepped
         if optimizer not in self._handles:
             # first seen inside its own step, whose hooks are read after it
-            self._handles[optimizer] = optimizer.register_step_post_hook(self._after)
+            self._watch(optimizer)
         return self._steps[optimizer][0]
 
+    def _watch(self, optimizer: Optimizer) -> None:
+        before = optimizer.register_step_pre_hook(self._enter)
+        self._handles[optimizer] = [before, optimizer.register_step_post_hook(self._after)]
+
+    def _enter(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._entered[optimizer] += 1
+
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._entered[optimizer] = max(self._entered[optimizer] - 1, 0)
+        if self._entered[optimizer]:
+            return
         if optimizer not in self._announced:
             raise ValueError(
                 f"{', '.join(self._names)} did not hear of a step of `{type(optimizer).__name__}`: it was stepped"

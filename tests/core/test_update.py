@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 from pathlib import Path
@@ -232,6 +233,67 @@ def test_a_step_behind_lightning_s_back_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"`?Doubling`? did not hear of a step of `SGD`.*self\.optimizers\(\)"):
         fit_stream(tmp_path, [Doubling()], module=Behind())
     fit_stream(tmp_path, [ContinualCallback()], module=Behind())
+
+
+class Lookahead(torch.optim.SGD):
+    """Steps by its base class, and moves the weights once more."""
+
+    fails_at = -1
+
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        if self.fails_at == len(self.steps):
+            self.fails_at = -1
+            raise RuntimeError("no step")
+        with torch.no_grad():
+            for parameter in self.param_groups[0]["params"]:
+                parameter.mul_(0.99)
+        self.steps.append(self.param_groups[0]["params"][0].clone())
+        return loss
+
+
+class Seen(ContinualCallback):
+    """Keeps the first weights as it sees them after every step."""
+
+    def __init__(self) -> None:
+        self.weights: list[Tensor] = []
+
+    def observe_update(self, trainer: Trainer, pl_module: LightningModule, step: OptimizerStep) -> None:
+        self.weights.append(next(pl_module.parameters()).detach().clone())
+
+
+def test_a_step_that_calls_that_of_its_base_class_is_one_step(tmp_path: Path) -> None:
+    """Hooks run once, when all of it is done."""
+    module, seen = ToyModule(), Seen()
+    optimizer = Lookahead(module.parameters(), lr=0.1)
+    optimizer.steps = []
+    module.configure_optimizers = lambda: optimizer  # type: ignore[method-assign]
+    fit_stream(tmp_path, [seen], module=module)
+    assert len(seen.weights) == len(optimizer.steps) == 12
+    assert all(torch.equal(*pair) for pair in zip(seen.weights, optimizer.steps, strict=True))
+
+
+def test_a_step_that_failed_does_not_hide_those_after_it(tmp_path: Path) -> None:
+    """A user who catches an error and goes on still has callbacks."""
+
+    class Catching(ToyModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(cross_entropy(self(batch[0]), batch[1]))
+            with contextlib.suppress(RuntimeError):
+                optimizer.step()
+
+    module, seen = Catching(), Seen()
+    optimizer = Lookahead(module.parameters(), lr=0.1)
+    optimizer.steps, optimizer.fails_at = [], 3
+    module.configure_optimizers = lambda: optimizer  # type: ignore[method-assign]
+    fit_stream(tmp_path, [seen], module=module)
+    assert len(seen.weights) == len(optimizer.steps) == 11
 
 
 def test_lbfgs_is_refused(tmp_path: Path) -> None:
