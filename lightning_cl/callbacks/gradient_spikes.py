@@ -27,7 +27,7 @@ class GradientSpikes:
     """The spikes of one step.
 
     Args:
-        largest: The largest ratio of a squared gradient to its second moment.
+        largest: The largest ratio of a squared gradient to its second moment; infinity for what is not finite.
         counts: Number of spikes by layer, of the layers that have any.
         clipped: Number of elements that the optimizer clips, by layer.
     """
@@ -42,7 +42,7 @@ def measure_gradient_spikes(step: OptimizerStep, threshold: float, delay: int) -
 
     Args:
         step: The step that is under way, its gradients not yet changed.
-        threshold: Spikes are where the squared gradient is above this many times its second moment.
+        threshold: Spikes are where the squared gradient is above this many times its second moment, or not finite.
         delay: Gradients that a second moment must hold to be compared with.
 
     Returns:
@@ -66,7 +66,9 @@ def measure_gradient_spikes(step: OptimizerStep, threshold: float, delay: int) -
         none = torch.zeros(2, dtype=torch.float64, device=moment.device)
         counted, clipped = (none if limit is None else found.get(limit, none) for limit in limits)
         known.append(name)
-        rows.append(torch.cat([counted, clipped[:1]]))
+        broken = none[:1] if gradient is None else _count_broken(local(gradient), moment)
+        largest = torch.where(broken > 0, torch.inf, counted[1:])
+        rows.append(torch.cat([counted[:1] + broken, largest, clipped[:1]]))
     if not known:
         return None
     parameters = [begun[name] for name in known]
@@ -88,6 +90,14 @@ def add_by_layer(totals: dict[str, int], numbers: Iterable[tuple[str, int]]) -> 
             path = name.replace("_orig_mod.", "")
             layer = path.rpartition(".")[0] or path
             totals[layer] = totals.get(layer, 0) + number
+
+
+def _count_broken(gradient: Tensor, moment: Tensor) -> Tensor:
+    """Return how many elements are not finite, but for those infinite where ``v > 0``, which count by their ratio."""
+    # one cheap pass where its result need not be waited for
+    if gradient.device.type == "cpu" and gradient.sum().isfinite():
+        return torch.zeros(1, dtype=torch.float64)
+    return torch.count_nonzero(torch.mul(gradient, moment > 0).isnan()).double()[None]
 
 
 def _thresholds(

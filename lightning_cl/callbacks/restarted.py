@@ -57,7 +57,8 @@ class RestartedScheduler(LRScheduler):
         """Begin anew: the task has ended. Steps before the optimizer's next one do not count."""
         ended = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.scheduler.load_state_dict(copy.deepcopy(self._state))
-        for group, values in zip(self.optimizer.param_groups, self._groups, strict=True):
+        # a group that was added since stays as it is
+        for group, values in zip(self.optimizer.param_groups, self._groups, strict=False):
             group.update({name: copy.deepcopy(value) for name, value in values.items() if name != "lr"})
         set_rates(self.optimizer, [values["lr"] for values in self._groups])
         self._begin(ended)
@@ -78,18 +79,18 @@ class RestartedScheduler(LRScheduler):
             self._warm()
 
     @override
-    def step(self, *args: Any) -> None:
+    def step(self, *args: Any, **kwargs: Any) -> None:
         if self._start is not None and self._steps == 0:
             return
         self._calls += 1
         if self._calls % self.every:
             return
         if not self._warming:
-            self.scheduler.step(*args)
+            self.scheduler.step(*args, **kwargs)
             return
         # most schedulers derive a rate from the one before
         set_rates(self.optimizer, self._targets)
-        self.scheduler.step(*args)
+        self.scheduler.step(*args, **kwargs)
         self._targets = self._rates()
         self._warm()
 
@@ -103,12 +104,17 @@ class RestartedScheduler(LRScheduler):
             set_rates(self.optimizer, self._targets)
             return
         part = (self._steps + 1) / (self.warmup + 1)
-        rates = [start + (end - start) * part for start, end in zip(self._start, self._targets, strict=True)]
+        # a group that was added since has no start
+        rates = [start + (end - start) * part for start, end in zip(self._start, self._targets, strict=False)]
         set_rates(self.optimizer, rates)
 
     def _rates(self) -> list[float | Tensor]:
         rates = [group["lr"] for group in self.optimizer.param_groups]
         return [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]
+
+    @override
+    def get_lr(self) -> list[float | Tensor]:
+        return self.scheduler.get_lr()
 
     @override
     def get_last_lr(self) -> list[float | Tensor]:

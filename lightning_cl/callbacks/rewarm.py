@@ -7,6 +7,7 @@ from itertools import chain, repeat
 from typing import Any, ClassVar, Literal
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
@@ -34,7 +35,8 @@ class Rewarm(ContinualCallback):
 
     .. math:: \eta = \eta_{\text{ended}} + (\eta_s - \eta_{\text{ended}}) \frac{s + 1}{w + 1}
 
-    where :math:`\eta_s` is what the schedule says and :math:`\eta_{\text{ended}}` what the task before ended with.
+    where :math:`\eta_s` is what the schedule says and :math:`\eta_{\text{ended}}` what the schedule had
+    set for the step after the last of the task before.
 
     With ``shape``, the optimizer's own learning rate is the peak :math:`\eta` of a schedule over the steps of every
     task: among its :math:`n` steps, with the floor :math:`f` and the decay :math:`d(p) = (1 + \cos \pi p) / 2`,
@@ -99,6 +101,8 @@ class Rewarm(ContinualCallback):
                 raise ValueError(f"`floor={floor}` belongs to a `shape`: give one, or leave the end to your schedule.")
         self.reset_at_task = reset_at_task
         self._ended: list[list[float]] = []
+        # learning-rate schedules that are this callback's
+        self._scheduled = 0
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -107,6 +111,11 @@ class Rewarm(ContinualCallback):
             raise ValueError(
                 "`optimizer_policy='rebuild'` makes optimizers and schedules anew with every task, without `Rewarm`."
                 " Leave it at 'keep'; `Rewarm(reset_at_task=True)` lets the optimizers begin anew."
+            )
+        if any(isinstance(callback, StochasticWeightAveraging) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            raise ValueError(
+                "`StochasticWeightAveraging` puts a schedule of its own in the place of the one that `Rewarm` sets, for"
+                " all tasks to come: leave one of them out."
             )
         for config in trainer.lr_scheduler_configs:
             if isinstance(config.scheduler, TaskScheduler):
@@ -118,6 +127,7 @@ class Rewarm(ContinualCallback):
             self._wrap(trainer, pl_module)
         else:
             self._add(trainer, pl_module, self.schedule)
+        self._scheduled = len(_own(trainer))
 
     def _wrap(self, trainer: Trainer, pl_module: LightningModule) -> None:
         configs = trainer.lr_scheduler_configs
@@ -181,6 +191,12 @@ class Rewarm(ContinualCallback):
     @override
     def on_task_end(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
         # not where the next task starts: whoever logs its first learning rate may be called earlier
+        if len(_own(trainer)) < self._scheduled:
+            found = ", ".join(f"`{type(config.scheduler).__name__}`" for config in trainer.lr_scheduler_configs)
+            raise ValueError(
+                f"`trainer.lr_scheduler_configs` holds {found or 'nothing'} in the place of what `Rewarm` put there: a"
+                " callback replaced it during the fit. Leave that callback out, or `Rewarm`."
+            )
         schedulers = _restarted(trainer)
         self._ended = [[float(group["lr"]) for group in s.optimizer.param_groups] for s in schedulers]
         for scheduler in schedulers:
@@ -200,6 +216,10 @@ class Rewarm(ContinualCallback):
             )
 
 
-def _restarted(trainer: Trainer) -> list[RestartedScheduler]:
+def _own(trainer: Trainer) -> list[LRScheduler]:
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-    return [scheduler for scheduler in schedulers if isinstance(scheduler, RestartedScheduler)]
+    return [scheduler for scheduler in schedulers if isinstance(scheduler, (RestartedScheduler, TaskScheduler))]
+
+
+def _restarted(trainer: Trainer) -> list[RestartedScheduler]:
+    return [scheduler for scheduler in _own(trainer) if isinstance(scheduler, RestartedScheduler)]

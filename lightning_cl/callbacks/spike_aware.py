@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -18,7 +20,7 @@ from lightning_cl.core.card import MethodCard
 from lightning_cl.core.checks import check_count, check_positive
 from lightning_cl.core.state import local, sum_rows_over_shards
 from lightning_cl.core.task import Task
-from lightning_cl.core.update import OptimizerStep, StepCache
+from lightning_cl.core.update import OptimizerStep
 from lightning_cl.functional.reset_state import reset_state
 from lightning_cl.functional.spam import clip_spikes_, count_spikes, warmup_scale
 from lightning_cl.optim.base import MomentResetOptimizer
@@ -49,9 +51,9 @@ class SpikeAware(ContinualCallback):
 
     with :math:`v` of the steps before, without bias correction. After every :math:`\Delta T` gradients, and at the
     start of every task but the first, the optimizer begins anew: moments and bias correction. The learning rate of the
-    :math:`N` steps after that is multiplied by :math:`s_k = 1 - 0.99 (1 + \cos \frac{\pi k}{N + 1}) / 2`, during the
-    step alone: no scheduler sees it. Decoupled weight decay is not scaled. Over :class:`torch.optim.AdamW` every step
-    is that of ``SPAM``, where nothing clips in between.
+    :math:`N` steps after that is multiplied by :math:`s_k = 1 - 0.99 (1 + \cos \frac{\pi k}{N + 1}) / 2`, while the
+    optimizer moves the weights: no scheduler sees it, and none of Lightning's hooks. Decoupled weight decay is not
+    scaled. Over :class:`torch.optim.AdamW` every step is that of ``SPAM``, where nothing clips in between.
 
     :math:`k` is counted for every parameter by itself, so that one that was held for a while has resets and a warm-up
     of its own.
@@ -66,13 +68,14 @@ class SpikeAware(ContinualCallback):
 
     Attributes:
         count_clipped: Whether to fill ``clipped``, which takes two more passes over the gradients; a callback that
-            wants to know sets it in its ``setup``.
+            wants to know sets it before the step and clears it in its ``teardown``.
         clipped: How many elements of each parameter the last step clipped, over all shards, by name; parameters that
             were not yet clipped at that age, or had no gradient, are left out.
 
     Raises:
         ValueError: For a setting out of range; at the start of a fit for an optimizer without a second moment (after
-            the first step if only its state can show that), and for ``SPAM`` and its like, which clip by themselves.
+            the first step if only its state can show that, as of one that keeps it for some parameters only), and for
+            ``SPAM`` and its like, which clip by themselves.
     """
 
     card: ClassVar[MethodCard] = MethodCard(
@@ -107,13 +110,17 @@ class SpikeAware(ContinualCallback):
         self.clipped: dict[str, int] = {}
         # parameters whose moments were ever reset: the very first steps are not warmed up
         self._reset: set[str] = set()
-        self._optimizers: StepCache[_Watched] = StepCache()
+        self._optimizers: dict[Optimizer, _Watched] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what has hooks in an optimizer."""
+        return self.__dict__ | {"_optimizers": {}}
 
     # ---------------------------------------------------------------------- when a fit, a task or a step begins
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._optimizers = StepCache()
+        self._let_go()
         for optimizer in trainer.optimizers:
             name = type(optimizer).__name__
             if isinstance(optimizer, MomentResetOptimizer):
@@ -134,10 +141,16 @@ class SpikeAware(ContinualCallback):
         self._reset |= {name for name, _ in pl_module.named_parameters()}
 
     @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        # a stream may build its optimizers anew at a boundary
+        for gone in self._optimizers.keys() - set(trainer.optimizers):
+            self._optimizers.pop(gone).let_go()
+        for optimizer in trainer.optimizers:
+            self._watched(optimizer)
+
+    @override
     def limit_gradients(self, trainer: Trainer, pl_module: LightningModule, step: OptimizerStep) -> None:
-        watched = self._watched(step)
-        # a step that a gradient scaler skipped left it
-        watched.end_step()
+        watched = self._watched(step.optimizer)
         spiky: dict[str, Parameter] = {}
         scales: dict[Parameter, float] = {}
         for name, parameter in step.parameters.items():
@@ -152,23 +165,25 @@ class SpikeAware(ContinualCallback):
             if name in self._reset and age < self.warmup_steps:
                 scales[parameter] = warmup_scale(age, self.warmup_steps)
         self._clip(step.optimizer, spiky)
-        if scales:
-            scaler = getattr(trainer.precision_plugin, "scaler", None)
-            watched.scale_step(scales, now=scaler is None)
+        watched.scales = scales
 
     @override
     def change_update(self, trainer: Trainer, pl_module: LightningModule, step: OptimizerStep) -> None:
-        watched = self._watched(step)
+        watched = self._watched(step.optimizer)
         watched.end_step()
-        stepped = [parameter for parameter in step.parameters.values() if parameter.grad is not None]
-        watched.count(stepped)
-        if not watched.checked and stepped:
-            watched.check(stepped)
+        stepped = {name: parameter for name, parameter in step.parameters.items() if parameter.grad is not None}
+        watched.count(stepped.values())
+        watched.check(stepped)
 
-    def _watched(self, step: OptimizerStep) -> _Watched:
-        if step not in self._optimizers:
-            self._optimizers[step] = _Watched(step.optimizer)
-        return self._optimizers[step]
+    def _watched(self, optimizer: Optimizer) -> _Watched:
+        if optimizer not in self._optimizers:
+            self._optimizers[optimizer] = _Watched(optimizer)
+        return self._optimizers[optimizer]
+
+    def _let_go(self) -> None:
+        for watched in self._optimizers.values():
+            watched.let_go()
+        self._optimizers = {}
 
     def _clip(self, optimizer: Optimizer, parameters: dict[str, Parameter]) -> None:
         gradients: list[Tensor] = []
@@ -200,13 +215,11 @@ class SpikeAware(ContinualCallback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self.teardown(trainer, pl_module, "fit")
+        self._let_go()
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        for watched in self._optimizers.values():
-            watched.end_step()
-        self._optimizers = StepCache()
+        self._let_go()
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -216,7 +229,7 @@ class SpikeAware(ContinualCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._reset = set(state_dict["reset"])
         # ages are read anew
-        self._optimizers = StepCache()
+        self._let_go()
 
 
 # -------------------------------------------------------------------------- one optimizer
@@ -227,12 +240,23 @@ class _Watched:
     """An optimizer: the ages of its moments, and its groups while a step is warmed up."""
 
     optimizer: Optimizer
-    checked: bool = False
+    # factors of the learning rate of the step that comes, where they are not 1
+    scales: dict[Parameter, float] = field(default_factory=dict)
+    _checked: set[Parameter] = field(default_factory=set)
     # counters that may lie on a device, with their values: it is waited for once after a reset
     _counters: dict[Parameter, tuple[Tensor, int]] = field(default_factory=dict)
     # while a step is warmed up: the groups, and the parts that stand in for each
     _groups: list[tuple[dict[str, Any], list[dict[str, Any]]]] | None = None
-    _handle: RemovableHandle | None = None
+    _handle: RemovableHandle = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Hear of its steps."""
+        self._handle = self.optimizer.register_step_pre_hook(self._enter)
+
+    def let_go(self) -> None:
+        """Leave the optimizer as it was."""
+        self._handle.remove()
+        self.end_step()
 
     def age(self, parameter: Parameter) -> int | None:
         """Return how many gradients the moments of a parameter have seen, ``None`` where that is not known."""
@@ -245,38 +269,53 @@ class _Watched:
             self._counters[parameter] = count, value
         return value
 
-    def count(self, stepped: list[Parameter]) -> None:
+    def count(self, stepped: Iterable[Parameter]) -> None:
         """Count a step that the optimizer took."""
         for parameter in stepped:
             if parameter in self._counters:
                 counter, value = self._counters[parameter]
                 self._counters[parameter] = counter, value + 1
 
-    def check(self, stepped: list[Parameter]) -> None:
+    def check(self, stepped: dict[str, Parameter]) -> None:
         """Refuse an optimizer whose state shows no second moment, or not how old it is."""
+        new = {name: parameter for name, parameter in stepped.items() if parameter not in self._checked}
+        if not new:
+            return
         name = type(self.optimizer).__name__
-        moments = [parameter for parameter in stepped if second_moment(self.optimizer, parameter) is not None]
-        if not moments:
+        missing = [known for known, parameter in new.items() if second_moment(self.optimizer, parameter) is None]
+        if len(missing) == len(new) and not self._checked:
             raise ValueError(_no_second_moment(name))
-        if all(steps_taken(self.optimizer, parameter) is None for parameter in moments):
+        if missing:
+            raise ValueError(
+                f"`SpikeAware` clips gradients against the running average of their squares, which `{name}` does not"
+                f" keep for {', '.join(missing)}. Use `torch.optim.AdamW`, or another optimizer that keeps it for all."
+            )
+        if all(steps_taken(self.optimizer, parameter) is None for parameter in new.values()):
             raise ValueError(
                 f"`SpikeAware` resets moments by the age of each parameter's, but `{name}` keeps no `step` in their"
                 " state. Use `torch.optim.AdamW`, or another optimizer that keeps one."
             )
-        self.checked = True
+        self._checked.update(new.values())
 
-    def scale_step(self, scales: dict[Parameter, float], *, now: bool) -> None:
-        """Scale the learning rates of the step that comes; one that a gradient scaler may skip only when it begins."""
-        if now:
-            self._scale(scales)
-        else:
-            self._handle = self.optimizer.register_step_pre_hook(lambda *_: self._scale(scales))
+    def _enter(self, _: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        """Scale right before the weights move, where nobody else looks: after the closure, if there is one."""
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._scale()
+            return None
+        closed = functools.partial(self._close, closure)
+        if len(args) > 1:
+            return (args[0], closed, *args[2:]), kwargs
+        return args, kwargs | {"closure": closed}
+
+    def _close(self, closure: Callable[[], Any]) -> Any:
+        self.end_step()
+        loss = closure()
+        self._scale()
+        return loss
 
     def end_step(self) -> None:
         """Give the optimizer its own groups back."""
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
         if self._groups is not None:
             self.optimizer.param_groups[:] = [group for group, _ in self._groups]
             for group, parts in self._groups:
@@ -285,14 +324,18 @@ class _Watched:
                     group.update({key: value for key, value in part.items() if key not in _SCALED})
             self._groups = None
 
-    def _scale(self, scales: dict[Parameter, float]) -> None:
+    @torch.no_grad()
+    def _scale(self) -> None:
+        # a step that calls that of its base class comes here twice
+        if not self.scales or self._groups is not None:
+            return
         # the groups themselves stay as they are
         self._groups = []
         for group in self.optimizer.param_groups:
             ages: dict[float, list[Parameter]] = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    ages.setdefault(scales.get(parameter, 1.0), []).append(parameter)
+                    ages.setdefault(self.scales.get(parameter, 1.0), []).append(parameter)
             # a group whose moments are all of one age stays whole
             whole = len(ages) <= 1
             parts = [self._part(group, s, group["params"] if whole else members) for s, members in ages.items()]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -15,6 +14,7 @@ from typing_extensions import override
 from lightning_cl.callbacks.gradient_spikes import GradientSpikes, add_by_layer, measure_gradient_spikes
 from lightning_cl.callbacks.snapshots import Snapshot
 from lightning_cl.callbacks.spike_aware import SpikeAware
+from lightning_cl.callbacks.spike_traces import spike_traces
 from lightning_cl.core.callback import ContinualCallback
 from lightning_cl.core.checks import check_automatic_optimization, check_choice, check_count, check_positive
 from lightning_cl.core.distributed import copy_of_rank_zero_, rank, sum_over_ranks_, world_size
@@ -33,14 +33,24 @@ __all__ = ["SpikeMonitor"]
 Action = Literal["log", "skip", "rollback"]
 
 
+class _Unread(NamedTuple):
+    """The loss of an optimizer step that waits to be read from the device."""
+
+    step: int
+    optimizer: int
+    task: int
+    drawn: bool
+    loss: Tensor
+
+
 class SpikeMonitor(ContinualCallback):
     r"""Watch a run for spikes: of gradients against their second moments, and of the training loss.
 
     A **gradient spike** is an element with :math:`g^2 > \theta v > 0`, where :math:`g` is the gradient of the loss
     before any callback changes it and :math:`v` the optimizer's second moment of the steps before, as in SPAM (Huang et
-    al. 2025, arXiv:2501.06842). A **loss spike** is an optimizer step whose loss, the mean over micro-batches and
-    ranks, is not finite or lies :math:`z` robust standard deviations above the median of the losses before it in its
-    task (:func:`~lightning_cl.functional.loss_deviation`).
+    al. 2025, arXiv:2501.06842), or one that is not finite. A **loss spike** is an optimizer step whose loss, the mean
+    over micro-batches and ranks, is not finite or lies :math:`z` robust standard deviations above the median of the
+    losses before it in its task (:func:`~lightning_cl.functional.loss_deviation`).
 
     With ``on_loss_spike="log"`` it changes nothing. ``"skip"`` leaves the optimizer's step out: neither weights nor the
     optimizer's state move, by weight decay neither. ``"rollback"`` moreover returns weights, buffers and the
@@ -60,9 +70,9 @@ class SpikeMonitor(ContinualCallback):
         snapshot_every: Optimizer steps between two snapshots, from each task's start.
 
     Attributes:
-        events: Loss spikes as dicts: ``step``, ``task``, ``loss``, ``deviation``, ``action``, and ``length``: the steps
-            that one went on for which nothing was done about. Of a rollback ``snapshot`` too: the step that it returned
-            to the beginning of.
+        events: Loss spikes as dicts: ``step``, counted as ``trainer.global_step`` is, ``task``, ``loss``,
+            ``deviation``, ``action``, and ``length``: the steps that one went on for which nothing was done about. Of a
+            rollback ``snapshot`` too: the step that it returned to the beginning of.
         counts: Gradient spikes so far in the steps that were measured, by layer: the module that holds the parameter.
         clipped: What :class:`~lightning_cl.SpikeAware` or :class:`~lightning_cl.optim.SPAM` clipped in these, by layer.
 
@@ -109,17 +119,18 @@ class SpikeMonitor(ContinualCallback):
         self.events: list[dict[str, Any]] = []
         self.counts: dict[str, int] = {}
         self.clipped: dict[str, int] = {}
+        # steps of the fit before it was there
+        self._first = 0
         # by the optimizer's place in `trainer.optimizers`: steps, and the losses to compare with
         self._steps: dict[int, int] = {}
         self._windows: dict[int, list[float]] = {}
         self._actions = 0
         # of the optimizer step to come, a loss for each micro-batch
         self._losses: list[Tensor] = []
-        # losses that wait to be read from the device: step, optimizer, loss
-        self._unread: list[tuple[int, int, Tensor]] = []
-        # what is drawn: step, largest ratio, number of spikes; step, loss
+        self._unread: list[_Unread] = []
+        # what is drawn: step, largest ratio, number of spikes; step, loss, optimizer
         self._ratios: list[tuple[float, float, float]] = []
-        self._curve: list[tuple[float, float]] = []
+        self._curve: list[tuple[float, float, float]] = []
         self._snapshot = Snapshot(type(self).__name__)
         self._measured: GradientSpikes | None = None
         self._action: Action = "log"
@@ -142,13 +153,14 @@ class SpikeMonitor(ContinualCallback):
             self._snapshot.place(pl_module, trainer.optimizers[0])
         else:
             self._snapshot.clear()
+        if not self._steps:
+            self._first = trainer.global_step
         self._losses = []
-        self._unread = [(step, number, loss.to(pl_module.device)) for step, number, loss in self._unread]
+        self._unread = [unread._replace(loss=unread.loss.to(pl_module.device)) for unread in self._unread]
 
     @override
     def on_task_start(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
-        stream = trainer.datamodule  # type: ignore[attr-defined]
-        if self.on_loss_spike != "log" and isinstance(stream, TaskStream) and stream.hides_boundaries:
+        if self._ignores_boundaries(trainer):
             return
         self._judge(trainer)
         self._windows = {}
@@ -156,8 +168,28 @@ class SpikeMonitor(ContinualCallback):
         self._snapshot.clear()
 
     @override
+    def on_task_end(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
+        if not self._ignores_boundaries(trainer):
+            self._judge(trainer)
+            # the next fit may train other parameters
+            self._snapshot.clear()
+
+    def _ignores_boundaries(self, trainer: Trainer) -> bool:
+        stream = trainer.datamodule  # type: ignore[attr-defined]
+        return self.on_loss_spike != "log" and isinstance(stream, TaskStream) and stream.hides_boundaries
+
+    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._judge(trainer)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "fit")
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        for callback in _clippers(trainer):
+            callback.count_clipped = False
 
     # ------------------------------------------------------------------ steps
 
@@ -172,11 +204,13 @@ class SpikeMonitor(ContinualCallback):
 
     @override
     def observe_gradients(self, trainer: Trainer, pl_module: LightningModule, step: OptimizerStep) -> None:
-        now, number = sum(self._steps.values()), trainer.optimizers.index(step.optimizer)
+        now, number = self._next_step, trainer.optimizers.index(step.optimizer)
         measures = self._steps.get(number, 0) % self.every_n_steps == 0
         self._steps[number] = self._steps.get(number, 0) + 1
         if self._losses:
-            self._unread.append((now, number, torch.stack(self._losses).mean()))
+            task = TaskEvents.attach(trainer).task
+            loss = torch.stack(self._losses).mean()
+            self._unread.append(_Unread(now, number, 0 if task is None else task.index, measures, loss))
             self._losses = []
         self._action = "log"
         if measures or self.on_loss_spike != "log":
@@ -206,7 +240,7 @@ class SpikeMonitor(ContinualCallback):
         if self._measured is None:
             return
         found, self._measured = self._measured, None
-        now = sum(self._steps.values()) - 1
+        now = self._next_step - 1
         if self._action != "log":
             found.clipped = {}
         for callback in _clippers(trainer):
@@ -228,6 +262,11 @@ class SpikeMonitor(ContinualCallback):
             self._snapshot.restore(pl_module, trainer.optimizers[0])
         self._action = "log"
 
+    @property
+    def _next_step(self) -> int:
+        """Number of the optimizer step to come, from 0."""
+        return self._first + sum(self._steps.values())
+
     # ------------------------------------------------------------------ the loss
 
     def _judge(self, trainer: Trainer, now: int | None = None) -> None:
@@ -235,8 +274,8 @@ class SpikeMonitor(ContinualCallback):
         if not self._unread:
             return
         waiting, self._unread = self._unread, []
-        means = sum_over_ranks_(torch.stack([loss for _, _, loss in waiting])) / world_size()
-        for (step, number, _), loss in zip(waiting, copy_of_rank_zero_(means).tolist(), strict=True):
+        means = sum_over_ranks_(torch.stack([unread.loss for unread in waiting])) / world_size()
+        for (step, number, task, drawn, _), loss in zip(waiting, copy_of_rank_zero_(means).tolist(), strict=True):
             window = self._windows.setdefault(number, [])
             judged = len(window) >= self.grace or not math.isfinite(loss)
             deviation = loss_deviation(loss, window) if judged else 0.0
@@ -248,10 +287,10 @@ class SpikeMonitor(ContinualCallback):
             if begins and self._goes_on(step):
                 self.events[-1]["length"] += 1
                 begins = False
-            if begins or step % self.every_n_steps == 0:
-                self._curve.append((step, loss))
+            if begins or drawn:
+                self._curve.append((step, loss, number))
             if begins:
-                self._report(trainer, step, loss, deviation, acts=step == now)
+                self._report({"step": step, "task": task, "loss": loss, "deviation": deviation}, acts=step == now)
 
     def _goes_on(self, step: int) -> bool:
         """Return whether the last loss spike, which nothing was done about, came up to a step."""
@@ -260,10 +299,9 @@ class SpikeMonitor(ContinualCallback):
         last = self.events[-1]
         return bool(last["action"] == "log" and last["step"] + last["length"] == step)
 
-    def _report(self, trainer: Trainer, step: int, loss: float, deviation: float, *, acts: bool) -> None:
-        task = TaskEvents.attach(trainer).task
-        event: dict[str, Any] = {"step": step, "task": 0 if task is None else task.index}
-        event |= {"loss": loss, "deviation": deviation, "action": "log", "length": 1}
+    def _report(self, found: dict[str, Any], *, acts: bool) -> None:
+        event = found | {"action": "log", "length": 1}
+        step, loss, deviation = found["step"], found["loss"], found["deviation"]
         text = f"`SpikeMonitor`: the loss of optimizer step {step} is {loss}"
         if math.isfinite(loss):
             text = f"`SpikeMonitor`: the loss of optimizer step {step} is {loss:.4g}, {deviation:.1f} robust standard"
@@ -298,23 +336,7 @@ class SpikeMonitor(ContinualCallback):
 
     def traces(self) -> list[Trace]:
         """Return what the report draws: the largest ratios, and the loss, each with its spikes."""
-        traces = []
-        if self._ratios:
-            steps, ratios, counts = zip(*self._ratios, strict=True)
-            spiky = [int(step) for step, count in zip(steps, counts, strict=True) if count]
-            marks = {"steps with spikes": spiky} if spiky else {}
-            quantity = "Largest g² / second moment"
-            traces.append(
-                Trace("gradient spikes", quantity, _whole(steps), list(ratios), marks, self.threshold, scale="log")
-            )
-        if self._curve:
-            steps, losses = zip(*self._curve, strict=True)
-            marks = {}
-            for event in self.events:
-                marks.setdefault(_MARKS[event["action"]], []).append(event["step"])
-            scale: Literal["linear", "log"] = "linear" if any(loss <= 0 for loss in losses) else "log"
-            traces.append(Trace("loss spikes", "Training loss", _whole(steps), list(losses), marks, scale=scale))
-        return traces
+        return spike_traces(self._ratios, self._curve, self.events, self.threshold)
 
     @override
     def footprint(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Footprint:
@@ -326,10 +348,11 @@ class SpikeMonitor(ContinualCallback):
             "events": [dict(event) for event in self.events],
             "counts": dict(self.counts),
             "clipped": dict(self.clipped),
+            "first": self._first,
             "steps": dict(self._steps),
             "windows": {number: list(window) for number, window in self._windows.items()},
             "actions": self._actions,
-            "unread": PerRank([(step, number, float(loss)) for step, number, loss in self._unread]),
+            "unread": PerRank([(*unread[:-1], float(unread.loss)) for unread in self._unread]),
             "ratios": torch.tensor(self._ratios, dtype=torch.float64),
             "curve": torch.tensor(self._curve, dtype=torch.float64),
             "snapshot": self._snapshot.state_dict(),
@@ -339,23 +362,20 @@ class SpikeMonitor(ContinualCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.events = [dict(event) for event in state_dict["events"]]
         self.counts, self.clipped = dict(state_dict["counts"]), dict(state_dict["clipped"])
-        self._steps, self._actions = dict(state_dict["steps"]), state_dict["actions"]
+        self._first, self._steps = state_dict["first"], dict(state_dict["steps"])
+        self._actions = state_dict["actions"]
         self._windows = {number: list(window) for number, window in state_dict["windows"].items()}
         unread = of_all_ranks(state_dict["unread"])
         # a loss that waits is the mean of those of all ranks, of which there may be others now
-        self._unread = [(step, number, torch.tensor(loss)) for step, number, loss in unread[rank() % len(unread)]]
+        waiting = unread[rank() % len(unread)]
+        self._unread = [
+            _Unread(step, number, task, drawn, torch.tensor(loss)) for step, number, task, drawn, loss in waiting
+        ]
         self._ratios = [tuple(row) for row in state_dict["ratios"].tolist()]
         self._curve = [tuple(row) for row in state_dict["curve"].tolist()]
         self._snapshot.load_state_dict(state_dict["snapshot"])
 
 
-_MARKS = {"log": "spikes", "skip": "steps skipped", "rollback": "rolled back"}
-
-
 def _clippers(trainer: Trainer) -> list[SpikeAware]:
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     return [callback for callback in callbacks if isinstance(callback, SpikeAware)]
-
-
-def _whole(steps: Sequence[float]) -> list[int]:
-    return [int(step) for step in steps]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -87,15 +88,22 @@ class TaskScheduler(LRScheduler):
         schedule: The schedule.
         steps: Optimizer steps of every task, at least 1 in the last.
         done: Optimizer steps of the stream made before: where the scheduler is made anew at a boundary, it goes on.
-        grows: Whether a checkpoint of a finished run is followed by a further task: one ``fit`` per task.
+        left: Where every ``fit`` is a task: says, with the progress of a checkpoint restored, how many steps are left
+            of this one. A checkpoint of a finished run is then followed by a further task.
     """
 
     def __init__(
-        self, optimizer: Optimizer, schedule: Schedule, steps: Sequence[int], *, done: int = 0, grows: bool = False
+        self,
+        optimizer: Optimizer,
+        schedule: Schedule,
+        steps: Sequence[int],
+        *,
+        done: int = 0,
+        left: Callable[[], int] | None = None,
     ) -> None:
         self.schedule = schedule
         self.steps = list(steps)
-        self.grows = grows
+        self.left = left
         self._offset = done
         super().__init__(optimizer)
 
@@ -103,7 +111,9 @@ class TaskScheduler(LRScheduler):
     def get_lr(self) -> list[float | Tensor]:
         task, step = _locate(self.steps, self._offset + self.last_epoch)
         factor = self.schedule.factor(task, step, self.steps[task])
-        return [peak * factor for peak in self.base_lrs]
+        # a group that was added since is that of whoever added it
+        added = [group["lr"] for group in self.optimizer.param_groups[len(self.base_lrs) :]]
+        return [peak * factor for peak in self.base_lrs] + added
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -112,11 +122,14 @@ class TaskScheduler(LRScheduler):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         done, saved = state_dict["done"], state_dict["steps"]
-        if self.grows:
-            earlier = saved if done >= sum(saved) else saved[:-1]
-            # the steps of this fit count those of the run that it continues
-            remaining = self.steps[-1] - sum(earlier)
-            self.steps = [*earlier, remaining] if remaining > 0 else saved
+        if self.left is not None:
+            remaining = self.left()
+            if remaining <= 0:
+                self.steps = saved
+            elif done >= sum(saved):
+                self.steps = [done, remaining]
+            elif saved != self.steps:
+                self.steps = [*saved[:-1], done - sum(saved[:-1]) + remaining]
         elif saved != self.steps and done < sum(saved):
             task, step = _locate(saved, done)
             done = sum(self.steps[:task]) + round(step * self.steps[task] / saved[task])
@@ -127,8 +140,11 @@ class TaskScheduler(LRScheduler):
 
 
 def set_rates(optimizer: Optimizer, rates: Sequence[float | Tensor]) -> None:
-    """Give every parameter group its learning rate; one that is a tensor stays that tensor, as captured steps need."""
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+    """Give every parameter group its learning rate; one that is a tensor stays that tensor, as captured steps need.
+
+    Groups beyond them, added since the rates were read, keep theirs.
+    """
+    for group, rate in zip(optimizer.param_groups, rates, strict=False):
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(rate)
         else:
@@ -162,10 +178,12 @@ def task_scheduler(
                 "The learning-rate schedule needs to know how many steps the fit has: set `max_epochs` or `max_steps`"
                 " of the Trainer, or `schedule='constant'` with `warmup` as a number of steps."
             )
-        # a Trainer whose limit was raised counts its earlier fits; so does a checkpoint, which brings their steps
+        left = functools.partial(_steps_left, trainer)
+        # a Trainer whose limit was raised has made steps before; those of a checkpoint come with it
         done = 0 if trainer.ckpt_path else trainer.global_step
-        steps = [done, max(int(total) - done, 1)] if done or completed_tasks else [int(total)]
-        return TaskScheduler(optimizer, schedule, steps, done=done, grows=True)
+        remaining = int(total) if trainer.ckpt_path else max(left(), 1)
+        steps = [done, remaining] if done or completed_tasks else [remaining]
+        return TaskScheduler(optimizer, schedule, steps, done=done, left=left)
     steps = [
         epochs * math.ceil(_limited(batches, trainer.limit_train_batches) / trainer.accumulate_grad_batches)
         for epochs, batches in stream.epochs_and_batches()
@@ -173,6 +191,26 @@ def task_scheduler(
     done = sum(steps[: stream.task_of_epoch(trainer.current_epoch).index])
     apart = schedule.rewarm and not stream.hides_boundaries
     return TaskScheduler(optimizer, schedule, steps if apart else [sum(steps)], done=done)
+
+
+def _steps_left(trainer: Trainer) -> int:
+    """Return the steps that a fit without a stream has left; loaders of its earlier epochs may have been others."""
+    done, accumulated = trainer.global_step, trainer.accumulate_grad_batches
+    total = trainer.estimated_stepping_batches
+    if trainer.max_epochs is None or trainer.max_epochs < 0 or trainer.num_training_batches == math.inf:
+        return int(total) - done
+    per_epoch = math.ceil(trainer.num_training_batches / accumulated)
+    left = (trainer.max_epochs - trainer.current_epoch) * per_epoch
+    if trainer.fit_loop.epoch_progress.current.ready > trainer.current_epoch:
+        # in the middle of an epoch
+        progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+        seen: int = progress.current.processed
+        if seen >= trainer.num_training_batches:
+            left -= per_epoch
+        else:
+            # where the loader grew, Lightning holds the epoch for over, and its batches for those of the next one
+            left -= seen // accumulated + (per_epoch if progress.is_last_batch else 0)
+    return left if trainer.max_steps < 0 else min(left, trainer.max_steps - done)
 
 
 def _limited(batches: int, limit: int | float | None) -> int:

@@ -49,9 +49,9 @@ def clip_spikes_(
     Args:
         gradients: Tensors of any shapes.
         second_moments: Tensors of the same shapes, 0 or more, from before these gradients.
-        threshold: :math:`\theta`, above 0.
+        threshold: :math:`\theta`, above 0; infinity clips nothing.
         foreach: Whether to clip all tensors in a few kernels, without waiting for the device; otherwise one after the
-            other, and only those that have spikes. Equal to the bit. ``None`` is ``False`` on the CPU.
+            other, and only those that have spikes. Equal to the bit in float32. ``None`` is ``False`` on the CPU.
 
     Example:
         >>> gradient = torch.tensor([1.0, -300.0, 300.0])
@@ -59,6 +59,8 @@ def clip_spikes_(
         >>> gradient
         tensor([  1.0000, -70.7107, 300.0000])
     """
+    if math.isinf(threshold):
+        return
     if foreach is None:
         foreach = any(gradient.device.type != "cpu" for gradient in gradients)
     if foreach and gradients:
@@ -151,7 +153,7 @@ def schedule_(
     count = count.masked_fill(due, 0)
     rising = 1.0 - 0.99 * (1.0 + torch.cos(math.pi * count / (warmup_steps + 1))) / 2.0
     warming = (torch.stack(list(resets)) > 0) & (count < warmup_steps)
-    bounded = torch.where(count >= clip_delay, threshold, math.inf)
+    bounded = torch.where(count >= clip_delay, count.new_tensor(threshold), math.inf)
     count += 1
     torch._foreach_copy_(list(steps), list(count.unbind()))
     correction2 = torch.sqrt(1 - betas[1] ** count)

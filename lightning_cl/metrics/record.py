@@ -52,7 +52,7 @@ class Trace:
         step: Numbers of optimizer steps, from 0.
         value: One value for each of them; ``None`` where it was not finite.
         marks: Steps at which something happened, by what happened there.
-        level: A value to compare with.
+        level: A value to compare with, ``None`` as well where it is not finite.
         scale: Of the axis.
     """
 
@@ -67,6 +67,7 @@ class Trace:
     def __post_init__(self) -> None:
         """Turn ``NaN`` and infinite values into ``None`` and check that the parts fit together."""
         object.__setattr__(self, "value", [_finite(value) for value in self.value])
+        object.__setattr__(self, "level", _finite(self.level))
         if len(self.step) != len(self.value):
             raise ValueError(f"`step` and `value` of the trace {self.name!r} differ in length.")
 
@@ -287,9 +288,17 @@ def _check_traces(traces: Any) -> None:
     for trace in traces:
         if not all(isinstance(trace.get(name), str) for name in ("name", "quantity")):
             raise ValueError("`name` and `quantity` of a trace must be text.")
-        lists = (trace.get("step"), trace.get("value"), *(trace.get("marks") or {}).values())
-        if not all(isinstance(values, list) and _all_are(values, _NUMBER) for values in lists):
-            raise ValueError("`step`, `value` and each of `marks` of a trace must be lists of numbers.")
+        marks = trace.get("marks", {})
+        if not isinstance(marks, dict):
+            raise ValueError("`marks` of a trace must map what happened to lists of steps.")
+        for steps in (trace.get("step"), *marks.values()):
+            # a truth value would pass for an int
+            if not isinstance(steps, list) or any(type(step) is not int for step in steps):
+                raise ValueError("`step` and each of `marks` of a trace must be lists of whole numbers.")
+        if not isinstance(trace.get("value"), list) or not _all_are(trace["value"], _NUMBER):
+            raise ValueError("`value` of a trace must be a list of numbers.")
+        if not isinstance(trace.get("level"), _NUMBER):
+            raise ValueError(f"`level` of a trace must be a number or null, got {trace['level']!r}.")
         if trace.get("scale", "linear") not in ("linear", "log"):
             raise ValueError(f"`scale` of a trace must be 'linear' or 'log', got {trace['scale']!r}.")
 

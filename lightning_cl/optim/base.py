@@ -10,18 +10,17 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_cl.optim.loading import adopted_groups, check_moments
 from lightning_cl.optim.moments import MOMENTS, StateDtype, Storage, local
 
 __all__ = ["Bucket", "MomentResetOptimizer"]
 
 Group = dict[str, Any]
-
-# what another Adam's groups say of the training, and not of its implementation
-_OF_ADAM = {"params", "lr", "initial_lr", "betas", "eps", "weight_decay"}
 
 
 @dataclass
@@ -59,7 +58,8 @@ class MomentResetOptimizer(Optimizer, ABC):
     """An optimizer with Adam's state, whose moments are reset at intervals.
 
     The state of a parameter is that of :class:`torch.optim.AdamW` (``step`` counts from the last reset) and ``resets``:
-    a checkpoint of AdamW can be gone on with, and no counter lies outside of what a checkpoint holds.
+    a checkpoint of AdamW can be gone on with, and no counter lies outside of what a checkpoint holds. Moments that hold
+    as many gradients as ``reset_interval`` by then are reset by the next step.
     """
 
     @override
@@ -111,31 +111,34 @@ class MomentResetOptimizer(Optimizer, ABC):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for number, parameter in enumerate(self._parameters()):
-            gradient = parameter.grad
-            if gradient is not None and gradient.is_sparse:
+        for number, parameter, _ in self._numbered():
+            if parameter.grad is not None and parameter.grad.is_sparse:
                 raise ValueError(
                     f"`{type(self).__name__}` needs dense gradients, but that of parameter {number} of shape"
                     f" {tuple(parameter.shape)} is sparse. Build its embedding with `sparse=False`."
                 )
-        self._prepare_gradients()
-        first = 0
-        for group in self.param_groups:
-            self._step_group(group, first)
-            first += len(group["params"])
+        members: list[list[tuple[int, Parameter]]] = [[] for _ in self.param_groups]
+        for number, parameter, row in self._numbered():
+            gradient = parameter.grad
+            if gradient is not None:
+                if isinstance(gradient, DTensor) and isinstance(parameter, DTensor):
+                    # tensor parallelism leaves sums to whoever reads them
+                    parameter.grad = gradient.redistribute(placements=parameter.placements)
+                if not self.state[parameter]:
+                    self.state[parameter].update(self._new_state(parameter, self.param_groups[row], number))
+                members[row].append((number, parameter))
+        self._prepare_gradients(members)
+        for group, own in zip(self.param_groups, members, strict=True):
+            self._step_group(group, own)
         return loss
 
-    def _prepare_gradients(self) -> None:
-        """Change all gradients in place, before the first parameter moves."""
+    def _prepare_gradients(self, members: list[list[tuple[int, Parameter]]]) -> None:
+        """Change the gradients of the numbered parameters of every group in place, before the first one moves."""
 
-    def _step_group(self, group: Group, first: int) -> None:
+    def _step_group(self, group: Group, members: list[tuple[int, Parameter]]) -> None:
         buckets: dict[tuple[Any, ...], list[tuple[int, Parameter]]] = {}
-        for number, parameter in enumerate(group["params"], start=first):
-            if parameter.grad is None:
-                continue
+        for number, parameter in members:
             state = self.state[parameter]
-            if not state:
-                state.update(self._new_state(parameter, group, number))
             if state["resets"].device != state["step"].device:
                 # Lightning moves what it does not know by name, and a GPU would be waited for
                 state["resets"] = state["resets"].to(state["step"].device)
@@ -147,8 +150,8 @@ class MomentResetOptimizer(Optimizer, ABC):
             # what is kept in another form is worked on one after the other, to hold one copy at a time
             key = (parameter.device, parameter.dtype, step, resets, None if direct else number)
             buckets.setdefault(key, []).append((number, parameter))
-        for (_, _, step, resets, _), members in buckets.items():
-            self._step_bucket(group, step, resets, members)
+        for (_, _, step, resets, _), alike in buckets.items():
+            self._step_bucket(group, step, resets, alike)
 
     def _step_bucket(self, group: Group, step: int, resets: int, members: list[tuple[int, Parameter]]) -> None:
         parameters = [parameter for _, parameter in members]
@@ -171,8 +174,11 @@ class MomentResetOptimizer(Optimizer, ABC):
 
     # ------------------------------------------------------------------ state
 
-    def _parameters(self) -> Iterator[Parameter]:
-        return chain.from_iterable(group["params"] for group in self.param_groups)
+    def _numbered(self) -> Iterator[tuple[int, Parameter, int]]:
+        """Yield every parameter with its number among all, and that of its group."""
+        rows = ((p, row) for row, group in enumerate(self.param_groups) for p in group["params"])
+        for number, (parameter, row) in enumerate(rows):
+            yield number, parameter, row
 
     def _storage(self, parameter: Parameter, group: Group) -> Storage:
         return Storage(parameter, group["state_dtype"])
@@ -185,8 +191,11 @@ class MomentResetOptimizer(Optimizer, ABC):
         # not `torch.zeros`, whose value a plan that runs without values would not know
         return {key: torch.tensor(0.0, device=device) for key in ("step", "resets")}
 
-    def _reset(self, parameter: Parameter, group: Group, number: int) -> None:
-        """Set the moments of one parameter to zero, and start its bias correction anew."""
+    def _reset(self, parameter: Parameter, group: Group, number: int, *, anew: bool = False) -> None:
+        """Set the moments of one parameter to zero, and start its bias correction anew.
+
+        With ``anew`` nothing may be kept, as at the start of a task.
+        """
         state = self.state[parameter]
         state |= self._storage(parameter, group).create()
         state["step"].zero_()
@@ -195,13 +204,10 @@ class MomentResetOptimizer(Optimizer, ABC):
     @torch.no_grad()
     def reset_moments(self) -> None:
         """Reset the moments that hold gradients, as at the start of a new task; the steps after it are warmed up."""
-        number = 0
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                state = self.state.get(parameter)
-                if state and state["step"] > 0:
-                    self._reset(parameter, group, number)
-                number += 1
+        for number, parameter, row in self._numbered():
+            state = self.state.get(parameter)
+            if state and state["step"] > 0:
+                self._reset(parameter, self.param_groups[row], number, anew=True)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -211,28 +217,35 @@ class MomentResetOptimizer(Optimizer, ABC):
             state_dict: What ``state_dict`` of either returned.
 
         Raises:
-            ValueError: If it is of an optimizer without Adam's moments.
+            ValueError: If it is of an optimizer without Adam's moments, or one that steps otherwise; for moments of
+                other shapes, or in other bits.
         """
-        groups = [
-            saved if saved.keys() >= self.defaults.keys() else {**own, **{k: saved[k] for k in _OF_ADAM & saved.keys()}}
-            for saved, own in zip(state_dict["param_groups"], self.param_groups, strict=False)
-        ]
-        if len(groups) == len(state_dict["param_groups"]):
-            state_dict = {**state_dict, "param_groups": groups}
+        name, saved = type(self).__name__, state_dict["param_groups"]
+        if [len(group["params"]) for group in saved] == [len(group["params"]) for group in self.param_groups]:
+            ours = all(group.keys() >= self.defaults.keys() for group in saved)
+            state_dict = {**state_dict, "param_groups": adopted_groups(saved, self.param_groups, name)}
+            for _, parameter, row, values in self._saved(state_dict):
+                storage = self._storage(parameter, state_dict["param_groups"][row])
+                self._check_state(values)
+                check_moments(parameter, storage, values, name=name, ours=ours)
+        # refuses other groups by itself
         super().load_state_dict(state_dict)
-        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        number = 0
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                # torch has cast the state to the dtype of the parameter
-                values = state_dict["state"].get(next(saved))
-                if values:
-                    self.state[parameter] = self._restored(parameter, group, number, values)
-                number += 1
+        for number, parameter, row, values in self._saved(state_dict):
+            # torch has cast the state to the dtype of the parameter
+            self.state[parameter] = self._restored(parameter, self.param_groups[row], number, values)
+
+    def _saved(self, state_dict: dict[str, Any]) -> Iterator[tuple[int, Parameter, int, dict[str, Any]]]:
+        keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        for (number, parameter, row), key in zip(self._numbered(), keys, strict=True):
+            if values := state_dict["state"].get(key):
+                yield number, parameter, row, values
+
+    def _check_state(self, values: dict[str, Any]) -> None:
+        """Refuse the state of a parameter that this optimizer cannot go on from."""
 
     def _restored(self, parameter: Parameter, group: Group, number: int, values: dict[str, Any]) -> dict[str, Any]:
         state, storage = self._new_state(parameter, group, number), self._storage(parameter, group)
-        for key in state.keys() & self._known(values).keys():
+        for key in state.keys() & values.keys():
             value = local(torch.as_tensor(values[key]))
             if key in MOMENTS and storage.block and value.is_floating_point():
                 # AdamW's, to be kept in 8 bits from now on
@@ -240,13 +253,3 @@ class MomentResetOptimizer(Optimizer, ABC):
             else:
                 local(state[key]).copy_(value)
         return state
-
-    def _known(self, values: dict[str, Any]) -> dict[str, Any]:
-        """Return the state that a checkpoint has for a parameter, if it is of Adam's kind."""
-        if missing := {"step", *MOMENTS} - values.keys():
-            raise ValueError(
-                f"The checkpoint's optimizer has no {sorted(missing)}: `{type(self).__name__}` goes on from its own"
-                " state or that of Adam or AdamW. Load the weights alone (`load_from_checkpoint`) to begin with new"
-                " moments."
-            )
-        return values

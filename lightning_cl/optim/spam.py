@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from math import inf
 from typing import Any
 
 import torch
@@ -126,8 +127,14 @@ class SPAM(MomentResetOptimizer):
             raise ValueError(f"`threshold` must be above 0, got {group['threshold']!r}.")
         if not 0 < group["density"] <= 1:
             raise ValueError(f"`density` must be above 0 and at most 1, got {group['density']!r}.")
-        if not group["clip_delay"] >= 1:
-            raise ValueError(f"`clip_delay` must be 1 or more, got {group['clip_delay']!r}.")
+        delay, interval = group["clip_delay"], group["reset_interval"]
+        if not delay >= 1:
+            raise ValueError(f"`clip_delay` must be 1 or more, got {delay!r}.")
+        if interval is not None and interval <= delay and group["threshold"] < inf:
+            raise ValueError(
+                f"`reset_interval={interval}` leaves no step that is clipped after `clip_delay={delay}`: make one"
+                " longer or the other shorter, or clip nothing (`threshold=float('inf')`)."
+            )
         on_device = [name for name in ("capturable", "fused") if group[name]]
         if on_device and (group["density"] < 1 or group["foreach"] or group["state_dtype"] not in (None, "float32")):
             raise ValueError(
@@ -141,11 +148,11 @@ class SPAM(MomentResetOptimizer):
             )
 
     @override
-    def _step_group(self, group: Group, first: int) -> None:
+    def _step_group(self, group: Group, members: list[tuple[int, Parameter]]) -> None:
         if group["capturable"] or group["fused"]:
-            self._step_on_device(group, first)
+            self._step_on_device(group, [parameter for _, parameter in members])
         else:
-            super()._step_group(group, first)
+            super()._step_group(group, members)
 
     @override
     def _update(self, bucket: Bucket) -> None:
@@ -187,14 +194,10 @@ class SPAM(MomentResetOptimizer):
             if not weight.is_contiguous():  # `flat` is a copy then
                 weight.copy_(flat.view_as(weight))
 
-    def _step_on_device(self, group: Group, first: int) -> None:
-        members = [(n, p) for n, p in enumerate(group["params"], start=first) if p.grad is not None]
-        for number, parameter in members:
-            if not self.state[parameter]:
-                self.state[parameter].update(self._new_state(parameter, group, number))
+    def _step_on_device(self, group: Group, members: list[Parameter]) -> None:
         update = _compiled() if group["fused"] else spam_update_
         by_device: dict[torch.device, list[Parameter]] = {}
-        for _, parameter in members:
+        for parameter in members:
             by_device.setdefault(parameter.device, []).append(parameter)
         for parameters in by_device.values():
             states = [self.state[parameter] for parameter in parameters]
@@ -228,12 +231,12 @@ class SPAM(MomentResetOptimizer):
         return {**self._clock(parameter, group), **self._sparse(parameter, group, number).create()}
 
     @override
-    def _reset(self, parameter: Parameter, group: Group, number: int) -> None:
+    def _reset(self, parameter: Parameter, group: Group, number: int, *, anew: bool = False) -> None:
         if group["density"] == 1:
             super()._reset(parameter, group, number)
             return
         state = self.state[parameter]
-        state |= self._sparse(parameter, group, number).redraw(state, group["betas"])
+        state |= self._sparse(parameter, group, number).redraw(state, group["betas"], anew=anew)
         state["step"].zero_()
         state["resets"] += 1
 
@@ -242,24 +245,22 @@ class SPAM(MomentResetOptimizer):
         if group["density"] == 1:
             return super()._restored(parameter, group, number, values)
         state = self._clock(parameter, group)
-        for key in state.keys() & self._known(values).keys():
+        for key in state.keys() & values.keys():
             state[key].copy_(torch.as_tensor(values[key]))
         dense = {key: local(values[key]).to(parameter.device) for key in MOMENTS}
-        return state | self._sparse(parameter, group, number).compress(dense, int(state["resets"]))
+        anew = bool(values.get("anew", False))
+        return state | self._sparse(parameter, group, number).compress(dense, int(state["resets"]), anew=anew)
 
     @override
     def state_dict(self) -> dict[str, Any]:
         """Return the state, moments in the shapes of the parameters, zero where there are none."""
         result = super().state_dict()
-        number = 0
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                state = self.state.get(parameter)
-                if state and "indices" in state:
-                    sparse = self._sparse(parameter, group, number)
-                    dense = {key: sparse.expand(state, key) for key in MOMENTS}
-                    result["state"][number] = {"step": state["step"], "resets": state["resets"], **dense}
-                number += 1
+        for number, parameter, row in self._numbered():
+            state = self.state.get(parameter)
+            if state and "indices" in state:
+                sparse = self._sparse(parameter, self.param_groups[row], number)
+                dense = {key: sparse.expand(state, key) for key in MOMENTS}
+                result["state"][number] = {key: state[key] for key in ("step", "resets", "anew")} | dense
         return result
 
 

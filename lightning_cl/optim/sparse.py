@@ -40,16 +40,19 @@ class SparseMoments:
         empty = torch.zeros(local(self._parameter).numel(), dtype=self._dtype, device=self._parameter.device)
         return self.compress(dict.fromkeys(MOMENTS, empty), 0)
 
-    def compress(self, dense: dict[str, Tensor], resets: int) -> dict[str, Any]:
-        """Return the state of the mask after ``resets`` resets, with its elements of flat dense moments."""
+    def compress(self, dense: dict[str, Tensor], resets: int, *, anew: bool = False) -> dict[str, Any]:
+        """Return the state of the mask after ``resets`` resets, with its elements of flat dense moments.
+
+        With ``anew`` the last of them kept nothing.
+        """
         now = self._mask(resets)
-        before = self._mask(resets - 1) if resets else torch.zeros_like(now)
+        before = self._mask(resets - 1) if resets and not anew else torch.zeros_like(now)
         carried, new = self._places(now & before, 0.0), self._places(now & ~before, self._density)
         indices = torch.cat([carried, new])
         kept = {key: values.flatten()[indices].to(self._dtype) for key, values in dense.items()}
         # half the memory for all but giant tensors
         narrow = torch.int32 if now.numel() < 2**31 else torch.int64
-        return {**kept, "indices": indices.to(narrow), "carried": len(carried)}
+        return {**kept, "indices": indices.to(narrow), "carried": len(carried), "anew": torch.tensor(float(anew))}
 
     def expand(self, state: dict[str, Any], key: str) -> Tensor:
         """Return a moment in the shape and placement of the parameter, zero outside of the mask."""
@@ -64,14 +67,19 @@ class SparseMoments:
             )
         return dense
 
-    def redraw(self, state: dict[str, Any], betas: tuple[float, float]) -> dict[str, Any]:
-        """Return the state of the next mask: what both hold keeps its moments, bias-corrected; others begin at zero."""
+    def redraw(self, state: dict[str, Any], betas: tuple[float, float], *, anew: bool) -> dict[str, Any]:
+        """Return the state of the next mask: what both hold keeps its moments, bias-corrected; others begin at zero.
+
+        With ``anew`` all begin at zero.
+        """
         step, carried = state["step"].item(), state["carried"]
         dense = {}
         for key, beta in zip(MOMENTS, betas, strict=True):
             state[key][carried:] /= 1 - beta**step
+            if anew:
+                state[key].zero_()
             dense[key] = local(self.expand(state, key))
-        return self.compress(dense, int(state["resets"]) + 1)
+        return self.compress(dense, int(state["resets"]) + 1, anew=anew)
 
     def _places(self, mask: Tensor, expected: float) -> Tensor:
         if isinstance(mask, FakeTensor):

@@ -151,16 +151,16 @@ class StableSPAM(MomentResetOptimizer):
     # ------------------------------------------------------------------ gradients
 
     @override
-    def _prepare_gradients(self) -> None:
-        members = self._alike()
-        maxima = [absolute_maxima(one.gradients, _dtype(one.parameters[0]), foreach=one.foreach) for one in members]
-        for one, largest in zip(members, _over_shards(maxima, members, "max"), strict=True):
+    def _prepare_gradients(self, members: list[list[tuple[int, Parameter]]]) -> None:
+        alike = self._alike(members)
+        maxima = [absolute_maxima(one.gradients, _dtype(one.parameters[0]), foreach=one.foreach) for one in alike]
+        for one, largest in zip(alike, _over_shards(maxima, alike, "max"), strict=True):
             bounds = spike_thresholds_(one.averages["max_avg"], largest, step=one.step, gamma3=one.group["gamma3"])
             clip_to_thresholds_(one.gradients, largest, bounds)
         squares = [
-            euclidean_norms(one.gradients, _dtype(one.parameters[0]), foreach=one.foreach).square() for one in members
+            euclidean_norms(one.gradients, _dtype(one.parameters[0]), foreach=one.foreach).square() for one in alike
         ]
-        for one, square in zip(members, _over_shards(squares, members, "sum"), strict=True):
+        for one, square in zip(alike, _over_shards(squares, alike, "sum"), strict=True):
             factors = norm_factors_(
                 one.averages["norm_avg"],
                 one.averages["norm_avg_sq"],
@@ -173,24 +173,19 @@ class StableSPAM(MomentResetOptimizer):
                 gradient.mul_(factor)
             self._keep(one)
 
-    def _alike(self) -> list[_Alike]:
+    def _alike(self, members: list[list[tuple[int, Parameter]]]) -> list[_Alike]:
         found: dict[Any, list[Parameter]] = {}
         groups: dict[Any, Group] = {}
-        number = 0
-        for row, group in enumerate(self.param_groups):
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    state = self.state[parameter]
-                    if not state:
-                        state.update(self._new_state(parameter, group, number))
-                    # Lightning moves what it does not know by name, and a GPU would be waited for
-                    state["norm_step"] = state["norm_step"].to(state["step"].device)
-                    state["norm_step"] += 1
-                    step = int(state["norm_step"].item())
-                    key = (row, step, parameter.device, _dtype(parameter), _sharding(parameter))
-                    found.setdefault(key, []).append(parameter)
-                    groups[key] = group
-                number += 1
+        for row, (group, own) in enumerate(zip(self.param_groups, members, strict=True)):
+            for _, parameter in own:
+                state = self.state[parameter]
+                # Lightning moves what it does not know by name, and a GPU would be waited for
+                state["norm_step"] = state["norm_step"].to(state["step"].device)
+                state["norm_step"] += 1
+                step = int(state["norm_step"].item())
+                key = (row, step, parameter.device, _dtype(parameter), _sharding(parameter))
+                found.setdefault(key, []).append(parameter)
+                groups[key] = group
         return [
             _Alike(
                 group=groups[key],
@@ -244,7 +239,7 @@ class StableSPAM(MomentResetOptimizer):
         return super()._new_state(parameter, group, number) | own
 
     @override
-    def _known(self, values: dict[str, Any]) -> dict[str, Any]:
+    def _check_state(self, values: dict[str, Any]) -> None:
         # AdamW and SPAM have none of them: they begin with the next gradient
         missing = {"norm_step", *_AVERAGES} - values.keys()
         if 0 < len(missing) <= len(_AVERAGES):
@@ -252,7 +247,6 @@ class StableSPAM(MomentResetOptimizer):
                 f"The checkpoint's optimizer lacks {sorted(missing)} of `StableSPAM`. Load the weights alone"
                 " (`load_from_checkpoint`) to begin with new moments."
             )
-        return super()._known(values)
 
 
 def _annealing(group: Group, step: float) -> float:

@@ -219,11 +219,12 @@ def _prompts(record: RunRecord) -> list[str]:
     return list(dict.fromkeys(prompt for texts in record.samples for prompt in texts))
 
 
-def _happenings(trace: Trace) -> list[tuple[int, str, float | None]]:
-    """Return step, kind and value of what a trace marks, in order."""
+def _happenings(trace: Trace) -> list[tuple[int, str, str]]:
+    """Return step, kind and value of what a trace marks, in order; no value where the curve has none."""
     values = dict(zip(trace.step, trace.value, strict=True))
     marked = sorted((step, kind) for kind, steps in trace.marks.items() for step in steps)
-    return [(step, kind, values.get(step)) for step, kind in marked]
+    texts = {step: "not finite" if value is None else f"{value:.4g}" for step, value in values.items()}
+    return [(step, kind, texts.get(step, "")) for step, kind in marked]
 
 
 def _data_uri(image: bytes) -> str:

@@ -287,48 +287,60 @@ def sweep_figure(sweep: Sweep, column: Column, limits: tuple[float, float], them
 def trace_figure(run: RunRecord, trace: Trace, theme: Theme = LIGHT) -> Figure:
     """Draw a curve that a callback kept over the optimizer steps of a run, with the steps at which something happened.
 
-    What happened where the value is not finite stands at the upper edge.
+    The curve is broken where the value is not finite; what happened there stands at the upper edge. What happened where
+    the curve has no value stands at the lower edge.
     """
     figure, axes = new_figure(height=3.5, title=f"{short(run.title, 28)}: {short(trace.name, 24)}", theme=theme)
     logarithmic = trace.scale == "log"
     if logarithmic:
         axes.set_yscale("log")
-        axes.tick_params(which="minor", length=0)
-    known = [
-        (step, value)
-        for step, value in zip(trace.step, trace.value, strict=True)
-        if value is not None and (value > 0 or not logarithmic)
-    ]
+        axes.tick_params(which="minor", length=0, labelcolor=theme.muted, labelsize=9)
+    values = dict(zip(trace.step, trace.value, strict=True))
+    heights = [math.nan if value is None or (logarithmic and value <= 0) else value for value in values.values()]
     axes.grid(visible=False, axis="x")
     for end in _task_ends(run):
         axes.axvline(end, color=theme.grid, linewidth=1, zorder=0)
-    if known:
-        axes.plot(*zip(*known, strict=True), color=theme.methods[0], linewidth=1.2)
+    drawn = {step: height for step, height in zip(values, heights, strict=True) if not math.isnan(height)}
+    if drawn:
+        axes.plot(list(values), heights, color=theme.methods[0], linewidth=1.2)
+        # no line leads to a value between two that are not finite
+        padded = [math.nan, *heights, math.nan]
+        alone = [
+            step
+            for step, before, after in zip(values, padded, padded[2:], strict=False)
+            if step in drawn and math.isnan(before) and math.isnan(after)
+        ]
+        if alone:
+            axes.plot(alone, [drawn[step] for step in alone], ".", color=theme.methods[0], ms=4)
     if trace.level is not None:
         axes.axhline(trace.level, color=theme.muted, linestyle="--", linewidth=1)
         place = axes.get_yaxis_transform()
         axes.text(1.02, trace.level, f"{trace.level:g}", color=theme.muted, fontsize=9, va="center", transform=place)
-    values = dict(known)
+    edge = axes.get_xaxis_transform()
     for position, (kind, steps) in enumerate(trace.marks.items(), start=1):
         color = theme.methods[position % len(theme.methods)]
-        on_curve = [step for step in steps if step in values]
-        axes.plot(on_curve, [values[step] for step in on_curve], "o", color=color, ms=4, label=f"{kind} ({len(steps)})")
-        beyond = [step for step in steps if step not in values]
-        edge = axes.get_xaxis_transform()
-        axes.plot(beyond, [1.0] * len(beyond), "^", color=color, ms=5, transform=edge, clip_on=False)
+        on_curve = [step for step in steps if step in drawn]
+        axes.plot(on_curve, [drawn[step] for step in on_curve], "o", color=color, ms=4, label=f"{kind} ({len(steps)})")
+        beyond = [step for step in steps if step in values and values[step] is None]
+        nowhere = [step for step in steps if step not in drawn and step not in beyond]
+        for there, height, marker in ((beyond, 1.0, "^"), (nowhere, 0.0, "|")):
+            axes.plot(there, [height] * len(there), marker, color=color, ms=5, transform=edge, clip_on=False)
     if trace.marks:
+        # beside the name of the axis where it is short, else below it
+        beside = len(trace.marks) < 3 and sum(map(len, trace.marks)) <= 26
         axes.legend(
             loc="upper right",
-            bbox_to_anchor=(1.0, -0.09),
-            ncols=len(trace.marks),
+            bbox_to_anchor=(1.0, -0.09 if beside else -0.18),
+            ncols=min(len(trace.marks), 2),
             frameon=False,
             fontsize=9,
             labelcolor=theme.ink,
             borderpad=0.0,
             handletextpad=0.2,
         )
-    if trace.step:
-        axes.set_xlim(trace.step[0], max(trace.step[-1], trace.step[0] + 1))
+    known = [*trace.step, *(step for steps in trace.marks.values() for step in steps)]
+    if known:
+        axes.set_xlim(min(known), max(*known, min(known) + 1))
     axes.set_xlabel("Optimizer steps", loc="left")
     axes.set_ylabel(short(trace.quantity, 44))
     return figure

@@ -250,7 +250,9 @@ class FSDP2Strategy(ModelParallelStrategy):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         assert self.lightning_module is not None and self.model is not None
         with self.precision_plugin.train_step_context():
-            return self._root.run(self.model, self.lightning_module.training_step, args, kwargs, once=True)
+            # by hand, backward passes come inside of the step
+            once = self.lightning_module.automatic_optimization
+            return self._root.run(self.model, self.lightning_module.training_step, args, kwargs, once=once)
 
     @override
     def optimizer_step(
@@ -260,9 +262,10 @@ class FSDP2Strategy(ModelParallelStrategy):
         model: LightningModule | nn.Module | None = None,
         **kwargs: Any,
     ) -> Any:
-        if not _is_forward_only(optimizer):
-            return super().optimizer_step(optimizer, closure, model, **kwargs)
         assert self.model is not None
+        if not _is_forward_only(optimizer):
+            self._root.check_reduced(self.model)
+            return super().optimizer_step(optimizer, closure, model, **kwargs)
         root = self.model
 
         def evaluate() -> Any:

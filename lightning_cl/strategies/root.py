@@ -54,6 +54,23 @@ class RootForward:
                 # no backward follows, after which units are freed and show their shards again
                 reshard(module)
 
+    def check_reduced(self, root: nn.Module) -> None:
+        """Refuse gradients that a backward inside the root's forward has left where no reduction looks for them.
+
+        Raises:
+            ValueError: If a step under manual optimization used what the root holds without calling the module.
+        """
+        if not (self._inside and isinstance(root, FSDPModule)):
+            return
+        group = root._get_fsdp_state()._fsdp_param_group
+        gathered = (getattr(held, "_unsharded_param", None) for held in (group.fsdp_params if group else ()))
+        if any(parameter is not None and parameter.grad is not None for parameter in gathered):
+            raise ValueError(
+                f"Under manual optimization `training_step` of {type(root).__name__.removeprefix('FSDP')} must call the"
+                " module (`self(batch)`), whose forward gathers weights and reduces gradients: parts of it were called"
+                " by themselves, and their gradients are lost."
+            )
+
     def gather_again(self, root: nn.Module) -> None:
         """Let what follows in a step compute with the shards as they are now, not as they were when it began."""
         reshard(root)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -19,6 +19,7 @@ from torch.optim import lr_scheduler as schedulers
 from torch.utils.data import DataLoader
 
 from lightning_cl import FSDP2Strategy, Rewarm, TaskStreamDataModule
+from lightning_cl.callbacks.restarted import RestartedScheduler
 from lightning_cl.datamodules import ClassIncremental, Online
 from lightning_cl.optim import SPAM
 from ranks import Ranks
@@ -357,6 +358,139 @@ def test_a_group_that_the_task_before_did_not_have_warms_up_from_zero(tmp_path: 
     assert rates.rates[3:5] == pytest.approx([(0.0125 + 0.1) / 2, 0.05])
 
 
+def samples(batches: int) -> DataLoader[Any]:
+    """Batches of eight samples, at most three different ones."""
+    data = next(iter(DataLoader(toy_loaders()[0].dataset, batch_size=8)))
+    return DataLoader([(x, y) for _ in range(batches) for x, y in zip(*data[:2], strict=True)], batch_size=8)
+
+
+@pytest.mark.parametrize("way", ["fresh", "same", "checkpoint", "mid-run checkpoint", "both"])
+@pytest.mark.parametrize("second", [2, 3, 6])
+def test_a_task_of_another_length_has_its_own_number_of_steps(way: str, second: int, tmp_path: Path) -> None:
+    """Shorter or longer than the one before, which had two epochs of three batches."""
+    callbacks = [Rewarm("linear", warmup=0, floor=0.0), Rates(), saver(tmp_path)]
+    job = trainer(tmp_path, callbacks, max_epochs=2, limit_val_batches=0)
+    job.fit(ToyModule(), samples(3), samples(1))
+    rates, path = Rates(), None
+    if way in ("checkpoint", "both"):
+        path = tmp_path / "end.ckpt"
+        job.save_checkpoint(path)
+    elif way == "mid-run checkpoint":
+        # of the last step, when its epoch was not over
+        path = tmp_path / "step=6.ckpt"
+    rewarm = callbacks[0] if way in ("fresh", "same") else Rewarm("linear", warmup=0, floor=0.0)
+    callbacks = [rewarm, rates, saver(tmp_path / "second")]
+    if way in ("same", "both"):
+        kinds = (Rewarm, Rates, ModelCheckpoint)
+        job.callbacks = [*callbacks, *[other for other in job.callbacks if not isinstance(other, kinds)]]
+        job.fit_loop.max_epochs = 4
+    else:
+        job = trainer(tmp_path, callbacks, max_epochs=2 if way == "fresh" else 4, limit_val_batches=0)
+    job.fit(ToyModule(), samples(second), samples(1), ckpt_path=path)
+    # Lightning counts the batches of the saved epoch as some of the next one, where that is longer
+    steps = 9 if way == "mid-run checkpoint" and second == 6 else 2 * second
+    assert rates.rates == pytest.approx([PEAK * (1 - step / (steps - 1)) for step in range(steps)])
+
+
+def test_a_limit_of_steps_ends_the_task_before_its_epochs(tmp_path: Path) -> None:
+    """The one that comes first, also where it was raised."""
+    rates, rewarm = Rates(), Rewarm("linear", warmup=0, floor=0.0)
+    job = trainer(tmp_path, [rewarm, rates], max_epochs=9, max_steps=4, limit_val_batches=0)
+    job.fit(ToyModule(), samples(3), samples(1))
+    job.fit_loop.epoch_loop.max_steps = 9
+    job.fit(ToyModule(), samples(6), samples(1))
+    assert rates.rates == pytest.approx([PEAK * p for p in (1, 2 / 3, 1 / 3, 0, 1, 0.75, 0.5, 0.25, 0)])
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
+@pytest.mark.parametrize("step", [7, 9, 10])
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_a_resume_in_a_longer_task(accumulated: int, step: int, tmp_path: Path) -> None:
+    """Of the second fit, from the middle and the end of an epoch: the rest of its rates."""
+    settings = {"limit_val_batches": 0, "accumulate_grad_batches": accumulated}
+    job = trainer(tmp_path, [Rewarm("cosine", warmup=2)], max_epochs=2, **settings)
+    job.fit(ToyModule(), samples(3 * accumulated), samples(1))
+    job.save_checkpoint(tmp_path / "end.ckpt")
+    found = []
+    for folder, path in ((tmp_path, "end.ckpt"), (tmp_path / "resumed", f"step={step}.ckpt")):
+        found.append(Rates())
+        job = trainer(folder, [Rewarm("cosine", warmup=2), found[-1], saver(folder)], max_epochs=4, **settings)
+        job.fit(ToyModule(), samples(4 * accumulated), samples(1), ckpt_path=tmp_path / path)
+    assert len(found[0].rates) == 8
+    assert found[1].rates == found[0].rates[step - 6 :]
+
+
+class Unfreezing(Callback):
+    """Gives the optimizer another group in the second epoch of a task."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.current_epoch == self.epoch:
+            group = {"params": list(pl_module.model[0].parameters()), "lr": 0.01}
+            trainer.optimizers[0].add_param_group(group)
+
+
+class Head(Scheduled):
+    """Trains its last layer."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.model[3].parameters(), lr=PEAK)
+        config = {"scheduler": self.make(optimizer), "interval": "step"}
+        return {"optimizer": optimizer} | ({"lr_scheduler": config} if config["scheduler"] else {})
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+@pytest.mark.parametrize("kind", ["own", "shape"])
+def test_a_group_that_is_added_in_the_middle(kind: str, epoch: int, tmp_path: Path) -> None:
+    """The others have the rates that they have without it; it keeps its own, or goes on with the module's schedule."""
+    rewarm: Callable[[], Rewarm] = functools.partial(Rewarm, *(["linear"] if kind == "shape" else []), warmup=3)
+    make: Any = exponential if kind == "own" else lambda _: None
+    # three steps in an epoch, two epochs in a task: the second task begins with the third
+    plain = rates_of(tmp_path, rewarm(), module=Head(make))
+    found = rates_of(tmp_path, rewarm(), Unfreezing(epoch), module=Head(make))
+    before = 3 * epoch
+    assert found[:before] == plain[:before]
+    assert found[before::2] == pytest.approx(plain[before:])
+    own = [0.01 * 0.5 ** (step if kind == "own" else 0) for step in range(12 - before)]
+    if kind == "own":
+        # where a task begins, the schedule is set back before it would step
+        own = own[:4] if epoch == 1 else own
+    assert found[before + 1 :: 2][: len(own)] == pytest.approx(own)
+
+
+def test_a_scheduler_is_stepped_as_without_the_callback(tmp_path: Path) -> None:
+    """By keywords too."""
+
+    class Own(Scheduled):
+        def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+            assert isinstance(scheduler, RestartedScheduler)
+            if metric is None:
+                scheduler.step(epoch=None)
+            else:
+                scheduler.step(metrics=metric)
+
+    module = Own(exponential, interval="step")
+    for warmup in (0, 3):
+        found = rates_of(tmp_path, Rewarm(warmup=warmup), module=module)
+        assert found == rates_of(tmp_path, Rewarm(warmup=warmup), module=Scheduled(exponential, interval="step"))
+    plateau = functools.partial(schedulers.ReduceLROnPlateau, factor=0.5, patience=0, mode="max")
+    found, other = (
+        rates_of(tmp_path, Rewarm(), module=kind(plateau, monitor="train_loss"), stream=toy_stream(epochs_per_task=4))
+        for kind in (Own, Scheduled)
+    )
+    assert found == other
+    assert min(found) < PEAK
+
+
+def test_a_scheduler_can_be_asked_for_its_next_rate() -> None:
+    """With the warning that torch has for it."""
+    scheduler = RestartedScheduler(exponential(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=PEAK)))
+    with pytest.warns(UserWarning, match="get_last_lr"):
+        assert scheduler.get_lr() == [PEAK / 2]
+
+
 # ---------------------------------------------------------------------- optimizers that begin anew
 
 
@@ -595,6 +729,25 @@ def test_runs_that_are_refused(tmp_path: Path) -> None:
     data = DataLoader(Manual.samples(4))
     with pytest.raises(ValueError, match=r"`Rewarm\(shape='cosine'\)` needs automatic optimization"):
         trainer(tmp_path, [Rewarm("cosine")], max_epochs=1).fit(Manual(), data, data)
+
+
+class Replacing(Callback):
+    """Puts a schedule of its own in the place of the first."""
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.current_epoch == 1:
+            trainer.lr_scheduler_configs[0].scheduler = schedulers.ConstantLR(trainer.optimizers[0], 1.0)
+
+
+@pytest.mark.parametrize("kind", EXPECTED)
+def test_a_schedule_that_is_taken_away(kind: str, tmp_path: Path) -> None:
+    """By a callback that is known to, before the first step; by any other, where the task ends."""
+    rewarm, module = case(kind)
+    with pytest.raises(ValueError, match="`StochasticWeightAveraging` puts a schedule of its own in the place"):
+        fit_stream(tmp_path, [rewarm, StochasticWeightAveraging(0.01)], module=module, max_epochs=4)
+    rewarm, module = case(kind)
+    with pytest.raises(ValueError, match="holds `ConstantLR` in the place of what `Rewarm` put there"):
+        fit_stream(tmp_path, [rewarm, Replacing()], module=module)
 
 
 def test_our_own_modules_that_know_tasks_are_refused(tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def test_equals_spam_and_a_plain_loop_over_two_resets(tmp_path: Path) -> None:
         {"reset_interval": None},
         {"clip_delay": 1},
         {"threshold": math.inf},
-        {"reset_interval": 1},
+        {"reset_interval": 1, "threshold": math.inf},
     ],
     ids=str,
 )
@@ -224,23 +224,104 @@ def test_a_step_without_a_loss(tmp_path: Path) -> None:
 
 
 def test_an_error_inside_a_step_leaves_the_optimizer_as_it_was(tmp_path: Path) -> None:
-    """Between the scaling and the step, where gradients are clipped."""
+    """Where the weights move, with the scaled groups."""
+    scaled: list[float] = []
 
-    class Failing(Given):
-        def configure_gradient_clipping(self, optimizer: Optimizer, **_: Any) -> None:
-            if self.trainer.global_step == 10:
-                self.scaled = [group["lr"] for group in optimizer.param_groups]
+    class Breaking(torch.optim.AdamW):
+        def step(self, closure: Any = None) -> Any:
+            loss = closure()
+            if len(steps) == 10:
+                scaled.extend(group["lr"] for group in self.param_groups)
                 raise RuntimeError("broken")
+            steps.append(super().step())
+            return loss
 
-    module = Failing(made(torch.optim.AdamW), rests=True)
-    callback = SpikeAware(**QUICK)
-    run = trainer(tmp_path, [callback], precision="64-true", max_epochs=1, gradient_clip_val=1.0)
+    steps: list[Any] = []
+    run = trainer(tmp_path, [SpikeAware(**QUICK)], precision="64-true", max_epochs=1)
     with pytest.raises(RuntimeError, match="broken"):
-        run.fit(module, DataLoader(range(60)))  # type: ignore[arg-type]
-    assert len(module.scaled) == 3
-    assert min(module.scaled) < 0.0011
+        run.fit(Given(Breaking, rests=True), DataLoader(range(60)))  # type: ignore[arg-type]
+    assert len(scaled) == 3
+    assert min(scaled) < 0.0011
     assert [group["lr"] for group in run.optimizers[0].param_groups] == [0.01, 0.003]
     assert [len(group["params"]) for group in run.optimizers[0].param_groups] == [2, 1]
+    assert not run.optimizers[0]._optimizer_step_pre_hooks
+
+
+@pytest.mark.parametrize("positional", [True, False])
+def test_a_step_of_a_step(positional: bool, tmp_path: Path) -> None:
+    """One that hands its closure to that of its base class is scaled once, with whatever else it takes."""
+
+    class Nested(torch.optim.AdamW):
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure) if positional else super().step(closure=closure)
+
+    ours = given(tmp_path, Given(made(Nested), rests=True), SpikeAware(**QUICK))
+    assert torch.equal(ours, given(tmp_path, Given(made(torch.optim.AdamW), rests=True), SpikeAware(**QUICK)))
+
+
+class Looking(Given):
+    """Reads and sets learning rates in the hooks of a step, and fails in one."""
+
+    def __init__(self, make: Make, fails: int | None = None, sets: bool = False) -> None:
+        super().__init__(make, rests=True)
+        self.fails, self.sets = fails, sets
+        self.seen: list[Any] = []
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self.seen.append([(group["lr"], len(group["params"])) for group in optimizer.param_groups])
+        if self.sets:
+            for group in optimizer.param_groups:
+                group["lr"] = 0.01 / (1 + self.trainer.global_step)
+
+    def configure_gradient_clipping(self, optimizer: Optimizer, **_: Any) -> None:
+        self.seen.append([(group["lr"], len(group["params"])) for group in optimizer.param_groups])
+        if self.trainer.global_step == self.fails:
+            raise RuntimeError("broken")
+
+
+@pytest.mark.parametrize("scaler", [True, False])
+def test_hooks_of_a_step_see_their_own_groups(scaler: bool, tmp_path: Path) -> None:
+    """Before the step and where gradients are clipped, while the moments of a group differ in age."""
+    module = Looking(made(torch.optim.AdamW))
+    plugins = [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=4.0))] if scaler else []
+    given(tmp_path, module, SpikeAware(**QUICK), precision=None if scaler else "64-true", plugins=plugins, steps=20)
+    assert module.seen == [[(0.01, 2), (0.003, 1)]] * 40
+
+
+def test_hooks_of_a_closure_that_is_called_twice(tmp_path: Path) -> None:
+    """Neither time do they see more than their own."""
+
+    class Twice(torch.optim.AdamW):
+        def step(self, closure: Any = None) -> Any:
+            closure()
+            return super().step(closure)
+
+    module = Looking(made(Twice))
+    given(tmp_path, module, SpikeAware(**QUICK), steps=20)
+    assert module.seen == [[(0.01, 2), (0.003, 1)]] * 80
+
+
+def test_a_rate_set_in_a_hook_of_the_step_stays(tmp_path: Path) -> None:
+    """And is what the step is scaled from."""
+    module = Looking(made(torch.optim.AdamW), sets=True)
+    ours = given(tmp_path, module, SpikeAware(**QUICK), steps=20)
+    spam = given(tmp_path, Looking(made(SPAM, **QUICK), sets=True), steps=20)
+    torch.testing.assert_close(ours, spam, rtol=0, atol=1e-10)
+    assert [group["lr"] for group in module.optimizers().param_groups] == [0.01 / 20] * 2
+
+
+def test_a_checkpoint_of_a_failed_step_has_the_own_learning_rate(tmp_path: Path) -> None:
+    """Also where a callback that comes first writes it."""
+
+    class Saving(Callback):
+        def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+            trainer.save_checkpoint(tmp_path / "failed.ckpt", weights_only=False)
+
+    module = Looking(made(torch.optim.AdamW), fails=11)
+    with pytest.raises(RuntimeError, match="broken"):
+        given(tmp_path, module, Saving(), SpikeAware(**QUICK))
+    saved = torch.load(tmp_path / "failed.ckpt", weights_only=True)["optimizer_states"][0]["param_groups"]
+    assert [(group["lr"], len(group["params"])) for group in saved] == [(0.01, 2), (0.003, 1)]
 
 
 def test_parameters_that_differ_in_age_part_for_a_step_only(tmp_path: Path) -> None:
@@ -434,6 +515,15 @@ def test_a_task_begins_anew(tmp_path: Path) -> None:
     assert ages_of(tmp_path, stream=hidden) == [0, 1, 2, 3, 4, 5]
 
 
+def test_an_optimizer_that_is_built_again_is_warmed_up(tmp_path: Path) -> None:
+    """From its first step, to the bit as one that is kept."""
+    kept, rebuilt = (
+        fit_stream(tmp_path, [SpikeAware(**QUICK)], module=Adam(), stream=toy_stream(optimizer_policy=policy))
+        for policy in ("keep", "rebuild")
+    )
+    assert torch.equal(kept, rebuilt)
+
+
 def test_a_second_fit_is_warmed_up(tmp_path: Path) -> None:
     """A task is one, in a fit of its own as in a stream; the callback can be pickled in between."""
     steps: list[Tensor] = []
@@ -537,6 +627,19 @@ class Plain(torch.optim.SGD):
     """An unknown kind without a second moment."""
 
 
+class Partial(torch.optim.Adam):
+    """A kind that keeps something else for matrices."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.register_step_post_hook(self._factor)
+
+    def _factor(self, *_: Any) -> None:
+        for parameter, state in self.state.items():
+            if parameter.ndim == 2:
+                state["exp_avg_sq_row"] = state.pop("exp_avg_sq").mean(1)
+
+
 class Ageless(torch.optim.Adam):
     """A kind that counts its steps elsewhere."""
 
@@ -560,6 +663,8 @@ def test_optimizers_that_it_does_not_go_with(tmp_path: Path) -> None:
         assert torch.equal(weights(module), before)
     with pytest.raises(ValueError, match="which `Plain` does not keep"):
         fit_stream(tmp_path, [SpikeAware()], module=ToyModule(optimizer=Plain))
+    with pytest.raises(ValueError, match=r"which `Partial` does not keep for model\.0\.weight, model\.3\.weight\. Use"):
+        fit_stream(tmp_path, [SpikeAware()], module=ToyModule(optimizer=Partial))
     with pytest.raises(ValueError, match="`Ageless` keeps no `step` in their state"):
         fit_stream(tmp_path, [SpikeAware()], module=ToyModule(optimizer=Ageless))
 

@@ -20,6 +20,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
 
 from lightning_cl import ContinualCallback, ContinualMetrics, FSDP2Strategy, L2Anchor, SpikeAware, SpikeMonitor
 from lightning_cl.cli.main import main
@@ -134,11 +135,15 @@ class Watch(Callback):
 
 
 def assert_equal(found: Any, expected: Any) -> None:
-    """Nested dicts with the same bits."""
+    """Nested dicts and lists with the same bits."""
     if isinstance(expected, dict):
         assert found.keys() == expected.keys()
         for key in expected:
             assert_equal(found[key], expected[key])
+    elif isinstance(expected, list):
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            assert_equal(one, other)
     elif isinstance(expected, Tensor):
         assert torch.equal(found, expected)
     else:
@@ -211,6 +216,34 @@ def test_gradients_of_micro_batches_are_counted_once(tmp_path: Path) -> None:
     assert monitor.state_dict()["steps"] == {0: 12}
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_gradients_that_are_not_finite_are_spikes(value: float, tmp_path: Path) -> None:
+    """Each is counted once, with and without a second moment to compare with; the largest ratio is none."""
+
+    class Break(Callback):
+        def on_after_backward(self, trainer: Trainer, pl_module: ToyModule) -> None:
+            if trainer.global_step == 6:
+                moment = second_moment(trainer.optimizers[0], pl_module.model[0].weight)
+                assert moment is not None
+                moment[0, 0], moment[0, 1] = 0.0, 1.0
+                trainer.optimizers[0].state[pl_module.model[0].weight]["exp_avg"][0, :2] = 0.0
+                pl_module.model[0].weight.grad[0, :2] = value
+
+    class Mend(ContinualCallback):
+        def change_gradients(self, trainer: Trainer, pl_module: LightningModule, step: OptimizerStep) -> None:
+            for parameter in step.parameters.values():
+                parameter.grad.nan_to_num_(0.0, 0.0, 0.0)  # type: ignore[union-attr]
+
+    monitor, logger = SpikeMonitor(**SETTINGS), Record()
+    fit_adam(tmp_path, Break(), Mend(), monitor, logger=logger)
+    assert monitor.counts == {"model.0": 2}
+    assert logger.of("gradient")[6] == 2
+    assert 6 not in logger.of("largest_ratio")
+    ratios = dict(zip(monitor.traces()[0].step, monitor.traces()[0].value, strict=True))
+    assert ratios[6] is None
+    assert monitor.traces()[0].marks == {"steps with spikes": [6]}
+
+
 @pytest.mark.parametrize("clipping", ["callback", "optimizer"])
 def test_counts_what_is_clipped(clipping: str, tmp_path: Path) -> None:
     """By `SpikeAware` over AdamW, and by SPAM; the callback counts only where it is asked to."""
@@ -221,6 +254,22 @@ def test_counts_what_is_clipped(clipping: str, tmp_path: Path) -> None:
     fit_adam(tmp_path, PlantGradients(6, PLANTED), *callbacks, monitor, module=module, logger=logger)
     assert monitor.clipped == {"model.0": 3, "model.3": 2}
     assert logger.of("clipped") == {3: 0, 6: 5, 9: 0}
+    assert not aware.count_clipped
+
+
+def test_counting_what_is_clipped_ends_with_the_fit(tmp_path: Path) -> None:
+    """Which takes passes over the gradients; also of a fit that fails."""
+    aware = SpikeAware(clip_delay=2, reset_interval=None)
+    fit_adam(tmp_path, aware, SpikeMonitor(**SETTINGS))
+    assert not aware.count_clipped
+
+    class Fail(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            assert aware.count_clipped
+            raise KeyError("failed")
+
+    with pytest.raises(KeyError, match="failed"):
+        fit_adam(tmp_path, aware, SpikeMonitor(**SETTINGS), Fail())
     assert not aware.count_clipped
 
 
@@ -262,6 +311,15 @@ def test_logging_changes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     assert [logger.of("loss")[step] for step in (7, 8, 11)] == [0, 1, 1]
     assert "loss of optimizer step 8" in caplog.text
     del module
+
+
+class KeepSnapshot(Callback):
+    """Keeps the last snapshot that there was while steps were taken; behind the monitor."""
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        (monitor,) = [c for c in trainer.callbacks if isinstance(c, SpikeMonitor)]  # type: ignore[attr-defined]
+        if snapshot := monitor.state_dict()["snapshot"]["kept"]:
+            self.seen = snapshot
 
 
 class Losses(Callback):
@@ -328,13 +386,45 @@ def test_losses_are_read_every_few_steps(tmp_path: Path) -> None:
     assert seldom.traces()[-1].step == [0, 5, 8, 10]
 
 
+def test_a_loss_that_is_read_late_belongs_to_its_task(tmp_path: Path) -> None:
+    """The last one of the first task, which its end reads, also on the way into the record that is written then."""
+    monitor = SpikeMonitor(**(SETTINGS | {"every_n_steps": 7}))
+    unread: list[int] = []
+
+    class Look(ContinualCallback):
+        def on_task_end(self, *_: Any) -> None:
+            unread.append(len(monitor._unread))
+
+    stream = toy_stream(epochs_per_task=4)
+    fit_stream(tmp_path, [SpoilBatches(11), monitor, Look()], module=Adam(), stream=stream)
+    assert [(event["step"], event["task"]) for event in monitor.events] == [(11, 0)]
+    assert unread == [0, 0]
+
+
+def test_a_loss_of_an_aborted_fit_belongs_to_its_task(tmp_path: Path) -> None:
+    """Though it is read in the next one."""
+
+    class Abort(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            if trainer.global_step == 9:
+                raise KeyError("aborted")
+
+    monitor = SpikeMonitor(**(SETTINGS | {"every_n_steps": 7}))
+    with pytest.raises(KeyError, match="aborted"):
+        fit_adam(tmp_path, SpoilBatches(8), monitor, Abort())
+    assert monitor.events == []
+    monitor.completed_tasks = 3
+    fit_adam(tmp_path, monitor)
+    assert [(event["step"], event["task"]) for event in monitor.events] == [(8, 0)]
+
+
 # ---------------------------------------------------------------------- skipping
 
 OPTIMIZERS = {
     "loop": lambda: Adam(foreach=False),
     "foreach": lambda: Adam(foreach=True),
     "fused": lambda: Adam(fused=True),
-    "spam": lambda: Spam(density=0.5, reset_interval=3),
+    "spam": lambda: Spam(density=0.5, reset_interval=3, clip_delay=2),
 }
 
 
@@ -418,7 +508,7 @@ class Normed(Adam):
 NORMED = {
     "loop": lambda: Normed(),
     "fused": lambda: Normed(fused=True),
-    "spam": lambda: Normed(SPAM, density=0.5, reset_interval=3),
+    "spam": lambda: Normed(SPAM, density=0.5, reset_interval=3, clip_delay=2),
     "sgd": lambda: Normed(torch.optim.SGD, momentum=0.9),
 }
 
@@ -483,6 +573,69 @@ def test_a_snapshot_keeps_its_bits_after_a_rollback(tmp_path: Path) -> None:
     assert_equal(states[8], states[5])
 
 
+class NestedState(torch.optim.AdamW):
+    """Keeps what it knows of a parameter in containers, as 8-bit optimizers do, and something of its own beside."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                nested = state.setdefault("nested", {"moments": [torch.zeros_like(parameter)], "seen": [0]})
+                nested["moments"][0].add_(state["exp_avg"])
+                nested["seen"][0] += 1
+        self.state.setdefault("all", {"steps": torch.zeros(())})["steps"] += 1  # type: ignore[call-overload]
+        return loss
+
+
+class Nested(Adam):
+    """Is trained with it."""
+
+    def configure_optimizers(self) -> Any:
+        return NestedState(self.parameters(), **self.settings)
+
+
+def test_a_rollback_returns_nested_state(tmp_path: Path) -> None:
+    """To copies that no later step went on with, also where a snapshot is written over, and out of a checkpoint."""
+
+    def run(directory: str, ckpt_path: Path | None = None) -> tuple[Watch, SpikeMonitor]:
+        watch, monitor = Watch(), SpikeMonitor(**SETTINGS, on_loss_spike="rollback", snapshot_every=3)
+        callbacks = [watch, SpoilBatches(8, 10), monitor, saver(tmp_path / directory)]
+        with warned("snapshot of step 6"):
+            stream = toy_stream(epochs_per_task=4)
+            trainer(tmp_path, callbacks).fit(Nested(), datamodule=stream, ckpt_path=ckpt_path, weights_only=True)
+        return watch, monitor
+
+    watch, monitor = run("straight")
+    assert [event["snapshot"] for event in monitor.events] == [6, 9]
+    assert_equal(watch.before[9], watch.before[6])
+    assert_equal(watch.before[11], watch.before[9])
+    assert watch.before[6]["optimizer"]["all"] == {"steps": torch.tensor(6.0)}
+    assert watch.before[6]["optimizer"][0]["nested"]["seen"] == [6]
+    resumed, again = run("resumed", tmp_path / "straight" / "step=7.ckpt")
+    assert [event["snapshot"] for event in again.events] == [6, 9]
+    assert_equal(resumed.before[-1], watch.before[-1])
+
+
+def test_no_snapshot_outlives_its_task(tmp_path: Path) -> None:
+    """The next fit may train other parameters, and checkpoints at a task's end are small."""
+    watch, monitor = Watch(), SpikeMonitor(**SETTINGS, on_loss_spike="rollback", snapshot_every=2)
+    fit, module = trainer(tmp_path, [watch, SpoilBatches(5), monitor], max_epochs=2), Adam()
+    first, second = toy_loaders()
+    with warned("snapshot of step 4"):
+        # its last step is rolled back all the same
+        fit.fit(module, first, first)
+    assert_equal(watch.before[-1], watch.before[4])
+    fit.save_checkpoint(tmp_path / "first.ckpt")
+    assert monitor.state_dict()["snapshot"] == {"step": None, "kept": {}}
+    frozen = Adam()
+    frozen.model[0].requires_grad_(False)
+    fit = trainer(tmp_path, [SpikeMonitor(**SETTINGS, on_loss_spike="rollback")], max_epochs=3)
+    fit.fit(frozen, second, second, ckpt_path=tmp_path / "first.ckpt", weights_only=True)
+    assert torch.equal(frozen.model[0].weight, module.model[0].weight)
+    assert not torch.equal(frozen.model[3].weight, module.model[3].weight)
+
+
 # ---------------------------------------------------------------------- resume
 
 
@@ -520,8 +673,12 @@ def test_a_run_may_be_watched_from_a_checkpoint_on(tmp_path: Path) -> None:
         callbacks = [SpoilBatches(20), monitor, saver(tmp_path / "watched")]
         stream, path = toy_stream(epochs_per_task=4), tmp_path / "step=8.ckpt"
         fit_stream(tmp_path, callbacks, module=Adam(), stream=stream, ckpt_path=path)
-    # it counts from its own first step
-    assert [event["step"] for event in monitor.events] == [12]
+    assert [(event["step"], event["task"]) for event in monitor.events] == [(20, 1)]
+    assert monitor.traces()[-1].step == list(range(8, 24))
+    again = SpikeMonitor(**SETTINGS, on_loss_spike="skip")
+    stream, path = toy_stream(epochs_per_task=4), tmp_path / "watched" / "step=21.ckpt"
+    fit_stream(tmp_path, [again, saver(tmp_path / "again")], module=Adam(), stream=stream, ckpt_path=path)
+    assert again.traces()[-1].step == list(range(8, 24))
 
 
 def test_a_snapshot_of_another_model_is_refused(tmp_path: Path) -> None:
@@ -671,10 +828,38 @@ def test_several_optimizers_under_manual_optimization(tmp_path: Path) -> None:
     monitor = SpikeMonitor(**(SETTINGS | {"every_n_steps": 2}))
     spoil = SpoilBatches(10, factor=math.nan)
     trainer(tmp_path, [Plant(), spoil, monitor], max_epochs=4, logger=logger).fit(ManualAdam(), data, data)
-    assert monitor.counts == {"body": 2, "head": 1}
+    # of the step of each, the logger knows it by the number of steps before it
+    assert [logger.of(f"gradient/{layer}")[step] for layer, step in (("body", 8), ("head", 9))] == [2, 1]
+    assert max(step for step in logger.of("gradient/body") if step < 20) == 8
     assert monitor.state_dict()["steps"] == {0: 12, 1: 12}
     assert list(monitor.state_dict()["windows"]) == [0]
     assert [(event["step"], event["action"]) for event in monitor.events] == [(20, "log"), (22, "log")]
+
+
+def test_each_optimizer_has_a_curve_of_its_losses(tmp_path: Path) -> None:
+    """With those of its own steps that are measured, and its own spikes."""
+
+    class TwoLosses(ManualAdam):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            for factor, optimizer in zip((1.0, 100.0), self.optimizers(), strict=True):
+                optimizer.zero_grad()
+                # that of the head is spoilt in its tenth step, the twentieth of all
+                broken = math.nan if (factor, self.trainer.global_step) == (100.0, 19) else 1.0
+                self.manual_backward(factor * broken * self.loss(batch))
+                optimizer.step()
+
+    data = loader(Manual)
+    for every, first in ((1, [0, 2, 4, 6]), (2, [0, 4, 8, 12]), (3, [0, 6, 12, 18])):
+        monitor = SpikeMonitor(**(SETTINGS | {"every_n_steps": every}))
+        trainer(tmp_path, [monitor], max_epochs=4).fit(TwoLosses(), data, data)
+        body, head = monitor.traces()[1:]
+        assert (body.name, head.name) == ("loss spikes, optimizer 0", "loss spikes, optimizer 1")
+        assert body.step[:4] == first
+        assert head.step[:4] == [step + 1 for step in first]
+        assert max(value for value in body.value[:4] if value) < 10 < min(value for value in head.value[:4] if value)
+        assert head.marks["spikes"][0] == 19
+        assert 19 in head.step
+        assert not any(step % 2 for step in body.marks.get("spikes", []))
 
 
 def test_images_with_frozen_parameters(tmp_path: Path) -> None:
@@ -686,9 +871,9 @@ def test_images_with_frozen_parameters(tmp_path: Path) -> None:
             return torch.optim.AdamW(self.parameters(), lr=0.01)
 
     data, module = loader(Frozen), Frozen()
-    monitor = SpikeMonitor(**SETTINGS, on_loss_spike="rollback")
-    trainer(tmp_path, [monitor], max_epochs=3, precision="bf16-mixed").fit(module, data, data)
-    kept = monitor.state_dict()["snapshot"]["kept"]
+    monitor, keep = SpikeMonitor(**SETTINGS, on_loss_spike="rollback"), KeepSnapshot()
+    trainer(tmp_path, [monitor, keep], max_epochs=3, precision="bf16-mixed").fit(module, data, data)
+    kept = keep.seen
     assert "body.0.weight" not in kept["weights"]
     assert "body.1.running_mean" in kept["buffers"]
     assert len(monitor.traces()[0].step) == 8
@@ -710,13 +895,12 @@ def test_hidden_boundaries(tmp_path: Path) -> None:
 
 def test_footprint_and_pickling(tmp_path: Path) -> None:
     """Weights and two moments on the host, where there is a snapshot; it goes to another process after a fit."""
-    monitor = SpikeMonitor(**SETTINGS, on_loss_spike="rollback", snapshot_every=5)
-    module = fit_adam(tmp_path, monitor)
+    monitor, keep = SpikeMonitor(**SETTINGS, on_loss_spike="rollback", snapshot_every=5), KeepSnapshot()
+    module = fit_adam(tmp_path, monitor, keep)
     fit = trainer(tmp_path)
     assert monitor.footprint(fit, module, None).host == 3 * 4 * len(weights(module))
     assert SpikeMonitor().footprint(fit, module, None).host == 0
-    kept = monitor.state_dict()["snapshot"]["kept"]
-    tensors = [value for values in kept.values() for value in values.values() if isinstance(value, Tensor)]
+    tensors = [leaf for leaf in tree_leaves(keep.seen) if isinstance(leaf, Tensor)]
     counters = 4 * len(list(module.parameters()))
     assert sum(tensor.nbytes for tensor in tensors) == 3 * 4 * len(weights(module)) + counters
     assert_equal(gathered(pickle.loads(pickle.dumps(monitor)).state_dict()), gathered(monitor.state_dict()))
@@ -761,6 +945,14 @@ data:
     assert gradients.level == 1000
     assert losses.step[:3] == [0, 2, 4]
     assert None not in losses.value
+
+
+def test_a_threshold_that_counts_nothing_is_recorded(tmp_path: Path) -> None:
+    """As a curve with no level: JSON knows no infinity."""
+    callbacks = [SpikeMonitor(**(SETTINGS | {"threshold": math.inf})), ContinualMetrics(directory=tmp_path)]
+    fit_stream(tmp_path, callbacks, module=Adam())
+    (record,) = read_records([tmp_path])
+    assert [trace.level for trace in record.traces] == [None, None]
 
 
 def test_without_a_monitor_there_are_no_curves(tmp_path: Path) -> None:

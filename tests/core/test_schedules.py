@@ -45,8 +45,8 @@ def rates_of(root: Path, *, stream: Any = None, module: Any = None, **settings: 
 def scheduler(steps: list[int], **settings: Any) -> TaskScheduler:
     """A scheduler of its own, without a Trainer."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
-    grows = settings.pop("grows", False)
-    return TaskScheduler(optimizer, Schedule(**settings), steps, grows=grows)
+    left = settings.pop("left", None)
+    return TaskScheduler(optimizer, Schedule(**settings), steps, left=None if left is None else lambda: left)
 
 
 def advance(schedule: TaskScheduler, steps: int) -> list[float]:
@@ -178,12 +178,36 @@ def test_a_resume_with_other_numbers_of_steps_keeps_its_place() -> None:
 
 
 def test_state_of_a_finished_run_and_of_an_open_one() -> None:
-    """Without a stream, steps beyond the saved end are a task of their own; before it, the task may only be longer."""
-    saved = scheduler([4], shape="linear", warmup=0, grows=True)
+    """Without a stream, steps beyond the saved end are a task of their own; before it, the task is what is left."""
+    saved = scheduler([4], shape="linear", warmup=0, left=2)
     advance(saved, 2)
-    longer = scheduler([8], shape="linear", warmup=0, grows=True)
-    longer.load_state_dict(saved.state_dict())
-    assert longer.steps == [8]
+    for left, steps in ((6, [8]), (1, [3]), (0, [4])):
+        other = scheduler([9], shape="linear", warmup=0, left=left)
+        other.load_state_dict(saved.state_dict())
+        assert other.steps == steps
     advance(saved, 2)
-    longer.load_state_dict(saved.state_dict())
-    assert longer.steps == [4, 4]
+    for left, steps in ((6, [4, 6]), (1, [4, 1]), (0, [4])):
+        # as many as before may be planned in all
+        other = scheduler([4], shape="linear", warmup=0, left=left)
+        other.load_state_dict(saved.state_dict())
+        assert other.steps == steps
+
+
+def test_a_state_of_this_run_is_not_taken_for_that_of_another() -> None:
+    """Taken in the middle of a task, and loaded later in it."""
+    schedule = scheduler([4, 6], shape="linear", warmup=0, left=1)
+    advance(schedule, 6)
+    state = schedule.state_dict()
+    advance(schedule, 3)
+    schedule.load_state_dict(state)
+    assert schedule.steps == [4, 6]
+
+
+def test_a_group_that_was_added_keeps_its_own_rate() -> None:
+    """Also over a resume."""
+    schedule = scheduler([4], shape="linear", warmup=0, floor=0.0)
+    schedule.optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))], "lr": 0.3})
+    advance(schedule, 2)
+    assert [group["lr"] for group in schedule.optimizer.param_groups] == pytest.approx([1 / 3, 0.3])
+    schedule.load_state_dict(schedule.state_dict())
+    assert [group["lr"] for group in schedule.optimizer.param_groups] == pytest.approx([1 / 3, 0.3])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
 from torch.nn import Parameter
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
@@ -134,3 +136,94 @@ def test_layout_of_the_weights_does_not_matter() -> None:
             ends.append(run(optimizer, weight, range(10)))
         assert torch.equal(*ends), settings
         assert not torch.equal(ends[0], start)
+
+
+def test_a_reset_for_a_task_keeps_nothing_of_a_part_either() -> None:
+    """The next mask shares most of its weights with the one before; resumed right after it, the same bits follow."""
+    straight, resumed = Parameter(torch.ones(500)), Parameter(torch.ones(500))
+    optimizers = [SPAM([weight], density=0.9, lr=0.1, warmup_steps=2) for weight in (straight, resumed)]
+    for optimizer, weight in zip(optimizers, (straight, resumed), strict=True):
+        run(optimizer, weight, range(5))
+        reset_state(optimizer)
+    assert not optimizers[0].state_dict()["state"][0]["exp_avg_sq"].any()
+    fresh = SPAM([resumed])
+    fresh.load_state_dict(copy.deepcopy(optimizers[1].state_dict()))
+    assert torch.equal(run(optimizers[0], straight, range(5, 9)), run(fresh, resumed, range(5, 9)))
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_an_infinite_threshold_clips_nothing(foreach: bool) -> None:
+    """Also where the second moment is zero."""
+    weight = Parameter(torch.ones(3))
+    optimizer = SPAM([weight], threshold=float("inf"), clip_delay=1, foreach=foreach)
+    for size in (1.0, 1e6):
+        weight.grad = torch.tensor([size, 0.0, -size])
+        optimizer.step()
+        assert torch.equal(weight.grad, torch.tensor([size, 0.0, -size]))
+    assert weight[1] == 1
+
+
+def test_an_interval_within_the_delay_is_refused() -> None:
+    """Nothing would ever be clipped."""
+    with pytest.raises(ValueError, match=r"`reset_interval=20` leaves no step.*`clip_delay=20`"):
+        SPAM([Parameter(torch.ones(2))], reset_interval=20)
+    SPAM([Parameter(torch.ones(2))], reset_interval=20, threshold=float("inf"))
+
+
+@EVERY
+@pytest.mark.parametrize(
+    ("other", "settings", "message"),
+    [
+        (AdamW, {"maximize": True}, "`maximize=True`"),
+        (Adam, {"weight_decay": 0.1}, "adds its weight decay of 0.1 to the gradient"),
+    ],
+)
+def test_adam_that_steps_otherwise_is_refused(
+    kind: type[Optimizer], other: type[Optimizer], settings: dict[str, Any], message: str
+) -> None:
+    """Its settings would mean something else; what was there stays."""
+    parameter, mine = Parameter(torch.ones(2)), Parameter(torch.ones(2))
+    saved = other([parameter], **settings)
+    run(saved, parameter, range(1))
+    optimizer = kind([mine])
+    run(optimizer, mine, range(3))
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(saved.state_dict())
+    assert optimizer.state[mine]["step"] == 3
+
+
+@EVERY
+def test_state_of_another_shape_is_refused(kind: type[Optimizer]) -> None:
+    """Which a copy would broadcast."""
+    row, table = Parameter(torch.ones(8)), Parameter(torch.ones(4, 8))
+    saved = AdamW([row])
+    run(saved, row, range(1))
+    with pytest.raises(ValueError, match=r"'exp_avg' of shape \(8,\) for a parameter of shape \(4, 8\)"):
+        kind([table]).load_state_dict(saved.state_dict())
+
+
+def test_moments_in_other_bits_are_refused() -> None:
+    """The codes of 8 bits are no numbers; what a reader has made floats of them neither."""
+    pytest.importorskip("bitsandbytes")
+    weight = Parameter(torch.ones(64, 64))
+    small = SPAM([weight], state_dtype="8bit")
+    run(small, weight, range(1))
+    with pytest.raises(ValueError, match=r"in 8 bits, and this run reads it in full.*`state_dtype`"):
+        StableSPAM([weight]).load_state_dict(small.state_dict())
+    read = copy.deepcopy(small.state_dict())
+    read["state"][0] |= {key: read["state"][0][key].float() for key in ("exp_avg", "exp_avg_sq")}
+    with pytest.raises(ValueError, match="in full precision, and this run reads it in 8 bits"):
+        small.load_state_dict(read)
+
+
+def test_sums_that_are_not_reduced_are(tmp_path: Path) -> None:
+    """Tensor parallelism leaves partial gradients of what is replicated; here one process has all of them."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        weight = Parameter(distribute_tensor(torch.ones(3), mesh, [Replicate()]))
+        weight.grad = DTensor.from_local(torch.ones(3), mesh, [Partial()])
+        SPAM([weight]).step()
+        assert weight.grad.placements == (Replicate(),)
+    finally:
+        torch.distributed.destroy_process_group()

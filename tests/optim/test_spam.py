@@ -261,21 +261,19 @@ def test_overlap_carries_its_moments() -> None:
     """What was in the mask and stays goes on with bias-corrected moments; what is new starts from nothing."""
     weight = Parameter(torch.zeros(1000, dtype=torch.float64))
     # betas by which a missing correction shows: 0.1 is not the root of 0.001
-    optimizer = SPAM([weight], density=0.5, betas=(0.9, 0.999), **{**QUICK, "threshold": math.inf})
-    for _ in range(25):
+    settings = {**QUICK, "threshold": math.inf, "reset_interval": 25}
+    optimizer = SPAM([weight], density=0.5, betas=(0.9, 0.999), **settings)
+    for _ in range(26):
+        before = weight.detach().clone()
         weight.grad = torch.full_like(weight, 2.0)
         optimizer.step()
-    optimizer.reset_moments()
     old, new = (random_mask(torch.arange(1000), 0.5, 0, 0, resets) for resets in (0, 1))
     state = optimizer.state_dict()["state"][0]
-    assert (state["step"].item(), state["resets"].item()) == (0, 1)
-    # gradients of 2 all along: unbiased estimates of 2 and of 4
-    for key, value in (("exp_avg", 2.0), ("exp_avg_sq", 4.0)):
-        expected = torch.where(old & new, value, 0.0).double()
-        torch.testing.assert_close(state[key].double(), expected, rtol=1e-12, atol=0)
-    before = weight.detach().clone()
-    weight.grad = torch.full_like(weight, 2.0)
-    optimizer.step()
+    assert (state["step"].item(), state["resets"].item()) == (1, 1)
+    # gradients of 2 all along: unbiased estimates of 2 and of 4, or the first gradient's part
+    for key, value, first in (("exp_avg", 2.0, 0.1 * 2), ("exp_avg_sq", 4.0, 0.001 * 4)):
+        expected = value * (old & new).double() + first * (new & ~old).double()
+        torch.testing.assert_close(state[key], expected, rtol=1e-12, atol=0)
     # steps of one learning rate, of which the warm-up leaves a hundredth, for the carried and for the new
     expected = torch.where(new, -0.01 * 0.01, 0.0).double()
     torch.testing.assert_close(weight.detach() - before, expected, rtol=1e-7, atol=1e-15)

@@ -79,15 +79,15 @@ class SpamReference:
     def values(self) -> list[Array]:
         return [one.values for one in self.weights]
 
-    def reset(self, one: Weights, settings: Mapping[str, Any]) -> None:
-        """Begin anew; where a coordinate is in the mask of before and in that of after, its moments go on."""
+    def reset(self, one: Weights, settings: Mapping[str, Any], *, anew: bool = False) -> None:
+        """Where a coordinate is in both masks, before and after, its moments go on, but not with ``anew``."""
         if not one.step:  # nothing to forget
             return
         first, second = np.zeros_like(one.values), np.zeros_like(one.values)
         one.resets += 1
         if settings["density"] < 1:
             old, one.mask = one.mask, self.mask_of(self.weights.index(one), one.resets)
-            both = old & one.mask
+            both = old & one.mask & (not anew)
             beta1, beta2 = settings["betas"]
             for index in zip(*np.nonzero(both), strict=True):
                 unbiased = one.carried[index]
@@ -99,7 +99,7 @@ class SpamReference:
     def reset_moments(self) -> None:
         for weights, settings in self.groups:
             for one in weights:
-                self.reset(one, settings)
+                self.reset(one, settings, anew=True)
 
     def step(self, gradients: Sequence[Any]) -> None:
         """One optimizer step; ``None`` leaves a tensor alone."""
