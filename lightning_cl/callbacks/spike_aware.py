@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -101,6 +102,11 @@ class SpikeAware(ContinualCallback):
             check_count("reset_interval", reset_interval)
         check_positive("warmup_steps", warmup_steps, zero_allowed=True)
         check_count("clip_delay", clip_delay)
+        if reset_interval is not None and reset_interval <= clip_delay and threshold < math.inf:
+            raise ValueError(
+                f"`reset_interval={reset_interval}` leaves no step that is clipped after `clip_delay={clip_delay}`:"
+                " make one longer or the other shorter, or clip nothing (`threshold=float('inf')`)."
+            )
         self.threshold = threshold
         self.reset_interval = reset_interval
         self.warmup_steps = warmup_steps

@@ -677,5 +677,7 @@ def test_settings_out_of_range_are_refused() -> None:
         SpikeAware(reset_interval=0)
     with pytest.raises(ValueError, match="`warmup_steps` must be at least 0, got -1"):
         SpikeAware(warmup_steps=-1)
+    with pytest.raises(ValueError, match=r"`reset_interval=20` leaves no step.*`clip_delay=20`"):
+        SpikeAware(reset_interval=20)
     with pytest.raises(ValueError, match="`clip_delay` must be an integer of at least 1, got 0"):
         SpikeAware(clip_delay=0)
