@@ -114,6 +114,20 @@ class MeZO(Optimizer):
     def reset_moments(self) -> None:
         """Do nothing: there are no moments, and directions that were taken are not taken again."""
 
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state of this class.
+
+        Raises:
+            ValueError: If it is of another optimizer.
+        """
+        if any("seed" not in group for group in state_dict["param_groups"]):
+            raise ValueError(
+                "The checkpoint is of another optimizer, which knows nothing of the directions that `MeZO` takes. Load"
+                " the weights alone (`load_from_checkpoint`)."
+            )
+        super().load_state_dict(state_dict)
+
     # ------------------------------------------------------------------ the step
 
     @override
@@ -146,7 +160,8 @@ class MeZO(Optimizer):
                 offset = side
                 _set_generator_states(generators)
                 losses.append(self._evaluate(closure))
-            first, second = _mean_over_ranks(losses, self.param_groups[0]["params"][0].device)
+            device = moving[0][0].device if moving else losses[0].device
+            first, second = _mean_over_ranks(losses, device)
         except BaseException:
             for parameter, key, _ in moving:
                 _move_(parameter, -offset, key)

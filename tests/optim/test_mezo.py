@@ -815,3 +815,18 @@ def test_learns_digits() -> None:
         scores = model(images)
     assert float(cross_entropy(scores, labels)) < 1.1
     assert float((scores.argmax(-1) == labels).float().mean()) > 0.75
+
+
+def test_the_state_of_another_optimizer_is_refused() -> None:
+    """Its `eps` would mean something else, and nothing tells which directions were taken."""
+    parameter = Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match=r"of another optimizer.*`load_from_checkpoint`"):
+        MeZO([parameter]).load_state_dict(torch.optim.AdamW([parameter]).state_dict())
+
+
+def test_a_group_may_be_empty() -> None:
+    """As it is where a filter of parameters finds none."""
+    weight = Parameter(torch.ones(2))
+    optimizer = MeZO([{"params": []}, {"params": [weight]}], lr=0.1)
+    optimizer.step(lambda: weight.square().sum())
+    assert not torch.equal(weight, torch.ones(2))
