@@ -8,12 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LightningCLI
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
 from torch.nn import Parameter
+from torch.nn.functional import cross_entropy
 from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.utils.data import DataLoader
 
 from lightning_cl.optim import SPAM, StableSPAM, reset_state
+from toys import ToyModule, toy_data, trainer, weights
 
 EVERY = pytest.mark.parametrize("kind", [SPAM, StableSPAM])
 
@@ -227,3 +233,46 @@ def test_sums_that_are_not_reduced_are(tmp_path: Path) -> None:
         assert weight.grad.placements == (Replicate(),)
     finally:
         torch.distributed.destroy_process_group()
+
+
+class WithoutOptimizer(LightningModule):
+    """The toy module as users of a command line write it: the config names the optimizer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = ToyModule().model
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        inputs, labels = batch
+        return cross_entropy(self.model(inputs), labels)
+
+
+COMMON = {"lr": 0.02, "betas": [0.8, 0.99], "reset_interval": 5, "warmup_steps": 3, "state_dtype": "float32"}
+
+
+@pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (SPAM, {"threshold": 3.0, "density": 0.5, "clip_delay": 2}),
+        (StableSPAM, {"gamma1": 0.85, "gamma2": 0.99, "gamma3": 0.9, "annealing_steps": 10}),
+    ],
+)
+def test_from_yaml(
+    kind: type[Optimizer], settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`optimizer: class_path` in a config of LightningCLI: the same weights as the same settings in Python."""
+    config = tmp_path / "config.yaml"
+    named = {"class_path": f"lightning_cl.optim.{kind.__name__}", "init_args": COMMON | settings}
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    run_of_two_epochs = {"max_epochs": 2, "accelerator": "cpu", "devices": 1, **quiet}
+    config.write_text(yaml.safe_dump({"optimizer": named, "trainer": run_of_two_epochs}))
+    monkeypatch.setattr("sys.argv", ["train.py", "--config", str(config)])
+    cli = LightningCLI(WithoutOptimizer, run=False, save_config_callback=None, seed_everything_default=0)
+    loader = DataLoader(toy_data(), batch_size=8)
+    cli.trainer.fit(cli.model, loader)
+    assert isinstance(cli.trainer.optimizers[0], kind)
+    expected = WithoutOptimizer()
+    expected.configure_optimizers = lambda: kind(expected.parameters(), **COMMON, **settings)  # type: ignore[method-assign]
+    trainer(tmp_path, max_epochs=2).fit(expected, loader)
+    assert torch.equal(weights(cli.model), weights(expected))
