@@ -95,14 +95,15 @@ CASES = {
     "momentum-interpolation": Case({}),
     "pcr": Case({"capacity": 192}, beside="backward", of_workload=DRAW),
     "reptile": Case({"interval": 10, "rate": 0.5}, 1.05),
+    "rewarm": Case({"shape": "cosine"}, 1.05),
     "rwalk": Case({"strength": 1.0}, 1.25),
     "salient-layers": Case({}, 1.05),
     "si": Case({"strength": 1.0}, 1.25),
     "singular-subspaces": Case({}, 1.5, grows="protected directions, up to the width of each layer"),
     "soft-mask": Case({}, 1.05),
 }
-# generates text before a task: no step of a classifier
-WITHOUT = ("self-rehearsal",)
+# generates text before a task: no step of a classifier; is measured by `optimizers.py`, around AdamW
+WITHOUT = ("self-rehearsal", "spike-aware")
 
 
 # ---------------------------------------------------------------------- a step
