@@ -115,14 +115,14 @@ def test_errors_are_one_line(override: str, message: str, capsys: pytest.Capture
 @pytest.mark.parametrize("name", ["SPAM", "lightning_cl.optim.SPAM"])
 def test_optimizers_of_ours_are_built_from_a_config(name: str, tmp_path: Path) -> None:
     """By LightningCLI's own section, and by the module's setting, with their settings."""
-    settings = {"class_path": name, "init_args": {"reset_interval": 7}}
+    settings = {"class_path": name, "init_args": {"reset_interval": 77}}
     common = ["fit", "--config", str(DEMO), *QUICK, "--trainer.max_steps=2", f"--trainer.default_root_dir={tmp_path}"]
     given = f"--model.init_args.optimizer={json.dumps(settings)}"
     (by_section,) = run([*common, f"--optimizer={json.dumps(settings)}"]).trainer.optimizers
     (by_module,) = run([*common, given]).trainer.optimizers
     for optimizer in (by_section, by_module):
         assert isinstance(optimizer, SPAM)
-        assert (optimizer.param_groups[0]["reset_interval"], optimizer.param_groups[0]["lr"]) == (7, 0.001)
+        assert (optimizer.param_groups[0]["reset_interval"], optimizer.param_groups[0]["lr"]) == (77, 0.001)
 
 
 @pytest.mark.filterwarnings("ignore:.*will be overridden")

@@ -73,12 +73,12 @@ def test_another_optimizer_gets_the_groups_and_the_schedule(tmp_path: Path) -> N
     """Its own settings stand beside the learning rate and the weight decay of the module."""
     run = trainer(tmp_path, max_steps=1)
     settings = {"learning_rate": 0.02, "weight_decay": 0.1, "warmup": 1, "schedule": "linear", "floor": 0.0}
-    module = CausalLM(LLAMA, optimizer=functools.partial(SPAM, lr=1.0, reset_interval=7), **settings)
+    module = CausalLM(LLAMA, optimizer=functools.partial(SPAM, lr=1.0, reset_interval=77), **settings)
     run.fit(module, datamodule=token_stream())
     (optimizer,) = run.optimizers
     assert isinstance(optimizer, SPAM)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
-    assert {(group["initial_lr"], group["reset_interval"]) for group in optimizer.param_groups} == {(0.02, 7)}
+    assert {(group["initial_lr"], group["reset_interval"]) for group in optimizer.param_groups} == {(0.02, 77)}
     assert run.lr_scheduler_configs[0].scheduler.optimizer is optimizer
 
 
