@@ -41,7 +41,7 @@ FIGURES = {
 }
 LIMITS = (1.95, 3.35)  # of the loss in figures
 QUICK = Settings(
-    steps=20, seeds=1, learning_rates=(2e-3,), reset_interval=15, warmup_steps=4, spike_rate=0.2, val_blocks=4
+    steps=20, seeds=1, learning_rates=(2e-3,), reset_interval=25, warmup_steps=4, spike_rate=0.2, val_blocks=4
 )
 
 
