@@ -137,6 +137,8 @@ def table(results: Results) -> str:
 
     def clipped(name: str) -> list[str]:
         planted, free = found[name, True], found[name, False]
+        if not planted or not free:
+            return ["", "", ""]
         return [
             f"{statistics.fmean(run.median_remaining for run in planted):.1f}",
             f"{statistics.fmean(run.unclipped for run in planted):.0%}",
