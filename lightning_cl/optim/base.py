@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, get_args
@@ -18,7 +18,7 @@ from typing_extensions import override
 from lightning_cl.optim.loading import adopted_groups, check_moments
 from lightning_cl.optim.moments import MOMENTS, StateDtype, Storage, local
 
-__all__ = ["Bucket", "MomentResetOptimizer"]
+__all__ = ["Bucket", "MomentResetOptimizer", "moves_together"]
 
 Group = dict[str, Any]
 
@@ -50,8 +50,13 @@ class Bucket:
     @property
     def foreach(self) -> bool:
         """Whether to move all tensors together."""
-        wanted: bool | None = self.group["foreach"]
-        return self.weights[0].device.type != "cpu" if wanted is None else wanted
+        return moves_together(self.group, self.weights)
+
+
+def moves_together(group: Group, tensors: Sequence[Tensor]) -> bool:
+    """Return whether a group's tensors are moved in a few kernels: as it says, or where they are not on the CPU."""
+    wanted: bool | None = group["foreach"]
+    return tensors[0].device.type != "cpu" if wanted is None else wanted
 
 
 class MomentResetOptimizer(Optimizer, ABC):
@@ -122,8 +127,7 @@ class MomentResetOptimizer(Optimizer, ABC):
             gradient = parameter.grad
             if gradient is not None:
                 if isinstance(gradient, DTensor) and isinstance(parameter, DTensor):
-                    # tensor parallelism leaves sums to whoever reads them
-                    parameter.grad = gradient.redistribute(placements=parameter.placements)
+                    _reduce(gradient, parameter)
                 if not self.state[parameter]:
                     self.state[parameter].update(self._new_state(parameter, self.param_groups[row], number))
                 members[row].append((number, parameter))
@@ -253,3 +257,9 @@ class MomentResetOptimizer(Optimizer, ABC):
             else:
                 local(state[key]).copy_(value)
         return state
+
+
+def _reduce(gradient: DTensor, parameter: DTensor) -> None:
+    # tensor parallelism leaves sums to whoever reads them
+    if gradient.placements != parameter.placements:
+        parameter.grad = gradient.redistribute(placements=parameter.placements)

@@ -23,7 +23,7 @@ from lightning_cl.functional.stable_spam import (
     norm_factors_,
     spike_thresholds_,
 )
-from lightning_cl.optim.base import Bucket, Group, MomentResetOptimizer
+from lightning_cl.optim.base import Bucket, Group, MomentResetOptimizer, moves_together
 from lightning_cl.optim.moments import StateDtype, local
 
 __all__ = ["StableSPAM"]
@@ -44,8 +44,7 @@ class _Alike:
 
     @property
     def foreach(self) -> bool:
-        wanted: bool | None = self.group["foreach"]
-        return self.gradients[0].device.type != "cpu" if wanted is None else wanted
+        return moves_together(self.group, self.gradients)
 
 
 class StableSPAM(MomentResetOptimizer):
