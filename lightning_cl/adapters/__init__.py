@@ -1,6 +1,9 @@
-"""Adapters of PEFT on (quantized) base models: put in before sharding, exported from shards."""
+"""Adapters of PEFT on (quantized) base models: put in before sharding, learning task after task, exported."""
 
 from lightning_cl.adapters.attach import add_adapters
-from lightning_cl.adapters.export import export_adapters, export_merged
+from lightning_cl.adapters.export import export
 
-__all__ = ["add_adapters", "export_adapters", "export_merged"]
+__all__ = [
+    "add_adapters",
+    "export",
+]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import ClassVar
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from typing_extensions import override
 
@@ -80,23 +78,9 @@ class FreezeExcept(PartialUpdate):
     # ------------------------------------------------------------------ freezing for a whole fit
 
     @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        if stage != "fit" or self.from_task:
-            return
-        if not is_overridden("configure_model", pl_module):
+    def prepare_module(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and not self.from_task:
             self._freeze(pl_module)
-            return
-        configure = pl_module.configure_model
-
-        @functools.wraps(configure)
-        def configure_and_freeze() -> None:
-            del pl_module.__dict__["configure_model"]
-            configure()
-            self._freeze(pl_module)
-
-        # the network is built there, after this hook and before the strategy wraps it
-        pl_module.configure_model = configure_and_freeze  # type: ignore[method-assign]
 
     def _freeze(self, pl_module: LightningModule) -> None:
         train = self._named(pl_module)
@@ -111,7 +95,6 @@ class FreezeExcept(PartialUpdate):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        pl_module.__dict__.pop("configure_model", None)
         self._set_frozen(pl_module, frozen=False)
         self._frozen = []
 

@@ -73,6 +73,8 @@ def simulate(trainer: Trainer, module: LightningModule, read_batch: Callable[[],
     strategy.setup_environment()
     batch = read_batch()
     build_module(trainer, module)
+    for callback in _continual(trainer):
+        callback.prepare_module(trainer, module, "fit")
     if is_sharded(module):
         raise ValueError(f"{type(module).__name__} shards itself, which `lightning-cl plan` cannot follow.")
     if shards:
@@ -218,15 +220,17 @@ def _bytes(tensors: Iterable[Any]) -> int:
 def _footprints(trainer: Trainer, module: LightningModule, batch: Any) -> dict[str, Footprint | None]:
     """Return what each method says of itself, ``None`` if it says nothing."""
     found: dict[str, Footprint | None] = {}
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    for callback in callbacks:
-        if not isinstance(callback, ContinualCallback):
-            continue
+    for callback in _continual(trainer):
         declares = type(callback).footprint is not ContinualCallback.footprint
         if declares or getattr(type(callback), "card", None) is not None:
             name = _free_name(type(callback).__name__, found)
             found[name] = callback.footprint(trainer, module, batch) if declares else None
     return found
+
+
+def _continual(trainer: Trainer) -> list[ContinualCallback]:
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, ContinualCallback)]
 
 
 def _free_name(name: str, taken: Mapping[str, Any]) -> str:

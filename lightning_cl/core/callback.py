@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_cl.core.configure import before_wrapping
 from lightning_cl.core.footprint import Footprint
 from lightning_cl.core.task import Task
 from lightning_cl.core.update import OptimizerStep
@@ -36,12 +38,15 @@ class ContinualCallback(Callback):
         needs_state: Whether a checkpoint without this callback's state is an error on resume.
         takes_own_loss: Whether it changes the module's own loss, or takes it on samples of its own; it means nothing
             beside a callback that replaces that loss.
+        compares_weights: Whether it holds weights against those of earlier tasks, or averages over them; it means
+            nothing for adapters that start anew with every task.
         completed_tasks: Tasks that ended so far, over all fits.
     """
 
     boundaries: ClassVar[Literal["required", "unused", "evaluation"]] = "required"
     needs_state: ClassVar[bool] = True
     takes_own_loss: bool = False
+    compares_weights: bool = False
     completed_tasks: int = 0
 
     @override
@@ -50,6 +55,23 @@ class ContinualCallback(Callback):
         from lightning_cl.core.events import TaskEvents
 
         TaskEvents.attach(trainer)
+        if type(self).prepare_module is not ContinualCallback.prepare_module:
+            change = partial(self.prepare_module, trainer, pl_module, stage)
+            before_wrapping(pl_module, change, built=self.finds_network(pl_module))
+
+    def prepare_module(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Add to the module, or freeze, what must be so before the strategy wraps it and its optimizers are made.
+
+        Called for every stage, when the network is there: a checkpoint is loaded into what is found then. What an
+        earlier fit of the same module added must be recognised.
+        """
+
+    def finds_network(self, pl_module: LightningModule) -> bool:
+        """Return whether what :meth:`prepare_module` changes is there before the module's own ``configure_model``.
+
+        That may then be what shards it, and the change comes first.
+        """
+        return False
 
     def on_task_start(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
         """Called before the first batch of a task; not called again when a run resumes inside it."""

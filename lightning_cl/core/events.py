@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from lightning_cl.core.callback import ContinualCallback
 from lightning_cl.core.checks import check_launcher, check_replicas
+from lightning_cl.core.configure import leave_configure_model
 from lightning_cl.core.distributed import rank
 from lightning_cl.core.evaluation import (
     accept_dataloader_idx,
@@ -34,6 +35,7 @@ from lightning_cl.core.shards import PerRank, Uncopied, gathered, of_all_ranks
 from lightning_cl.core.step import StepPipeline
 from lightning_cl.core.stream import TaskStream
 from lightning_cl.core.task import Task
+from lightning_cl.core.task_layer import task_layers
 from lightning_cl.core.update import UpdatePipeline
 
 __all__ = ["TaskEvents"]
@@ -99,6 +101,7 @@ class TaskEvents(Callback):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         StepPipeline.detach(pl_module)
+        leave_configure_model(pl_module)
         if self._updates is not None:
             self._updates.detach()
             self._updates = None
@@ -254,6 +257,9 @@ class TaskEvents(Callback):
                 if hook == "on_task_end" and type(callback).state_dict is not Callback.state_dict:
                     self._heard_end.append(callback.state_key)
         if not hidden:
+            if hook == "on_task_start":
+                for layer in task_layers(pl_module):
+                    layer.start_task(trainer, task)
             for owner in (pl_module, trainer.datamodule):  # type: ignore[attr-defined]
                 if callable(method := getattr(owner, hook, None)):
                     method(task)

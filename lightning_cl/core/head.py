@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_cl.core.batches import BatchAdapter
 from lightning_cl.core.capture import OutputCapture, forward_loss, forward_step, move_batch, run_step, undisturbed
 from lightning_cl.core.task import Task
+from lightning_cl.core.task_layer import task_layers
 
 __all__ = ["LabelledStream", "check_head", "find_head", "masks_other_tasks"]
 
@@ -32,14 +33,16 @@ def check_head(trainer: Trainer, pl_module: LightningModule) -> None:
 
     Only what is certain is refused: the module's own step fails on that sample, and the class scores in it, [1, C],
     have no more than C = label columns. Modules whose weights are all larger than the label, which step their
-    optimizers themselves, or which may grow at a task's start (a hook ``on_task_start``) are not run at all.
+    optimizers themselves, or which may grow at a task's start (a hook ``on_task_start``, or on one process a layer that
+    hears of tasks) are not run at all.
 
     Raises:
         ValueError: If the head is too small.
     """
     stream = trainer.datamodule  # type: ignore[attr-defined]
     found = stream.largest_label() if isinstance(stream, LabelledStream) else None
-    if found is None or not pl_module.automatic_optimization or hasattr(pl_module, "on_task_start"):
+    grows = hasattr(pl_module, "on_task_start") or (trainer.world_size == 1 and task_layers(pl_module))
+    if found is None or not pl_module.automatic_optimization or grows:
         return
     label, task, sample_id = found
     if not _has_dimension_up_to(label, pl_module):

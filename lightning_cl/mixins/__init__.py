@@ -1,4 +1,4 @@
-"""Mixins that change the module itself."""
+"""What changes the module itself: mixins, and layers that follow the tasks."""
 
 from lightning_cl.mixins.masked_head import MaskedHead
 
