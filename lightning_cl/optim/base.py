@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, get_args
@@ -206,11 +206,16 @@ class MomentResetOptimizer(Optimizer, ABC):
         state["resets"] += 1
 
     @torch.no_grad()
-    def reset_moments(self) -> None:
-        """Reset the moments that hold gradients, as at the start of a new task; the steps after it are warmed up."""
+    def reset_moments(self, parameters: Iterable[Parameter] | None = None) -> None:
+        """Reset the moments that hold gradients, as at the start of a new task; the steps after it are warmed up.
+
+        Args:
+            parameters: Those whose moments are reset; all if ``None``.
+        """
+        chosen = None if parameters is None else {id(parameter) for parameter in parameters}
         for number, parameter, row in self._numbered():
             state = self.state.get(parameter)
-            if state and state["step"] > 0:
+            if state and state["step"] > 0 and (chosen is None or id(parameter) in chosen):
                 self._reset(parameter, self.param_groups[row], number, anew=True)
 
     @override

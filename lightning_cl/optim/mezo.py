@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar, NoReturn
@@ -111,7 +111,7 @@ class MeZO(Optimizer):
                 )
             _check_dtype(parameter)
 
-    def reset_moments(self) -> None:
+    def reset_moments(self, parameters: Iterable[Parameter] | None = None) -> None:
         """Do nothing: there are no moments, and directions that were taken are not taken again."""
 
     @override

@@ -40,10 +40,15 @@ from lightning_cl.strategies.state import (
     model_state,
     numbered_optimizer_state,
     optimizer_state,
+    optimizer_template,
+    stateless_parameters,
 )
 from lightning_cl.strategies.waiting import explain_lost_rank, limit_waiting
 
 __all__ = ["FSDP2Strategy"]
+
+# in a checkpoint: of each optimizer, the parameters that it had no state of
+_STATELESS = "lightning_cl_stateless"
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -329,8 +334,10 @@ class FSDP2Strategy(ModelParallelStrategy):
             write_file(path, checkpoint)
             return
         tensors = {"state_dict": checkpoint.pop("state_dict")}
-        for index, state in enumerate(checkpoint.pop("optimizer_states", ())):
+        states = checkpoint.pop("optimizer_states", ())
+        for index, state in enumerate(states):
             tensors[f"optimizer_{index}"] = state
+        checkpoint[_STATELESS] = [stateless_parameters(state) for state in states]
         write_folder(path, tensors, checkpoint, asynchronous=self.async_checkpoint)
 
     @override
@@ -354,8 +361,10 @@ class FSDP2Strategy(ModelParallelStrategy):
             return checkpoint
         weights = {name: value for name, value in model_state(self.model).items() if name not in left_out}
         into: dict[str, Any] = {"state_dict": weights}
+        # what an older release wrote has state of all
+        stateless = checkpoint.pop(_STATELESS, [()] * len(optimizers))
         for index, optimizer in enumerate(optimizers):
-            into[f"optimizer_{index}"] = optimizer_state(self.model, optimizer)
+            into[f"optimizer_{index}"] = optimizer_template(self.model, optimizer, stateless[index])
         read_tensors(path, into)
         self.model.load_state_dict(weights, strict=False)
         for index, optimizer in enumerate(optimizers):

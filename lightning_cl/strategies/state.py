@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ __all__ = [
     "model_state",
     "numbered_optimizer_state",
     "optimizer_state",
+    "optimizer_template",
+    "stateless_parameters",
 ]
 
 
@@ -77,12 +80,49 @@ def load_full_model_state(module: nn.Module, saved: Mapping[str, Any], *, strict
 
 def optimizer_state(module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     """Return the state dict of an optimizer by parameter names, as shards."""
-    return dict(get_optimizer_state_dict(module, optimizer))
+    with _stepless(optimizer):
+        return dict(get_optimizer_state_dict(module, optimizer))
+
+
+@contextmanager
+def _stepless(optimizer: Optimizer) -> Iterator[None]:
+    """Keep torch from stepping an optimizer without state, as it has none after a task's end: the step would count.
+
+    Torch takes one whose parameters have gradients for one that keeps no state.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    if optimizer.state or not parameters or any(parameter.grad is not None for parameter in parameters):
+        yield
+        return
+    parameters[0].grad = torch.zeros_like(parameters[0])
+    try:
+        yield
+    finally:
+        parameters[0].grad = None
+
+
+def optimizer_template(module: nn.Module, optimizer: Optimizer, stateless: Collection[str]) -> dict[str, Any]:
+    """Return a state dict of an optimizer that is new to read a saved one into.
+
+    Args:
+        module: The module, sharded.
+        optimizer: Torch makes it take a step, if it has no state, and that state shows how values are sharded.
+        stateless: The parameters that the saved one has no state of.
+    """
+    found: dict[str, Any] = dict(get_optimizer_state_dict(module, optimizer))
+    return {**found, "state": {name: values for name, values in found["state"].items() if name not in stateless}}
+
+
+def stateless_parameters(state: Mapping[str, Any]) -> list[str]:
+    """Return the names of the parameters that :func:`optimizer_state` found no state of, as where it was reset."""
+    return [name for name in _names(state["param_groups"]) if name not in state["state"]]
 
 
 def load_optimizer_state(module: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Load what :func:`optimizer_state` returned."""
-    set_optimizer_state_dict(module, optimizer, optim_state_dict=state)
+    # where a task's end has reset them, parameters have no state
+    options = StateDictOptions(strict=False)
+    set_optimizer_state_dict(module, optimizer, optim_state_dict=state, options=options)
 
 
 def numbered_optimizer_state(module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
@@ -91,7 +131,8 @@ def numbered_optimizer_state(module: nn.Module, optimizer: Optimizer) -> dict[st
     It is empty on other ranks than 0; all ranks must call it.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state: dict[str, Any] = dict(get_optimizer_state_dict(module, optimizer, options=options))
+    with _stepless(optimizer):
+        state: dict[str, Any] = dict(get_optimizer_state_dict(module, optimizer, options=options))
     if not state:
         return {}
     numbers = {name: number for number, name in enumerate(_names(state["param_groups"]))}
@@ -109,7 +150,7 @@ def load_full_optimizer_state(module: nn.Module, optimizer: Optimizer, saved: di
     Raises:
         ValueError: If the optimizer has other groups of parameters.
     """
-    own = optimizer_state(module, optimizer)
+    own = optimizer_template(module, optimizer, ())
     sizes = [len(group["params"]) for group in saved["param_groups"]]
     if sizes != [len(group["params"]) for group in own["param_groups"]]:
         raise ValueError(

@@ -131,6 +131,21 @@ def test_a_reset_counts_only_where_there_is_something_to_reset(kind: type[Optimi
     assert not optimizer.state.get(idle)
 
 
+@EVERY
+@pytest.mark.parametrize("ours", [True, False], ids=["ours", "torch"])
+def test_some_parameters_begin_anew(kind: type[Optimizer], ours: bool) -> None:
+    """Those that are named, of which some may be another optimizer's; the others keep their moments."""
+    first, second = Parameter(torch.ones(3)), Parameter(torch.ones(3))
+    optimizer = (kind if ours else torch.optim.AdamW)([first, second])
+    for parameter in (first, second):
+        run(optimizer, parameter, range(3))
+    kept = optimizer.state[second]["exp_avg"].clone()
+    reset_state(optimizer, iter([first, Parameter(torch.ones(3))]))
+    assert not optimizer.state.get(first) or optimizer.state[first]["step"] == 0
+    assert torch.equal(optimizer.state[second]["exp_avg"], kept)
+    assert kept.any()
+
+
 def test_layout_of_the_weights_does_not_matter() -> None:
     """Channels-last weights with gradients in the usual order, in every storage."""
     start = torch.randn(32, 16, 4, 4, generator=torch.Generator().manual_seed(0))
