@@ -2,8 +2,10 @@
 
 from lightning_cl.adapters.attach import add_adapters
 from lightning_cl.adapters.export import export
+from lightning_cl.core.adapters import adapters_disabled
 
 __all__ = [
+    "adapters_disabled",
     "add_adapters",
     "export",
 ]

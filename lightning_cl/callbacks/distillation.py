@@ -47,6 +47,7 @@ class Distillation(ContinualCallback):
         self.strength = strength
         self.teacher = teacher
         self.decay = decay
+        self.compares_weights = teacher in ("pretrained", "ema")
         self.adapter = batch_adapter or BatchAdapter()
         self._keeps = True
         self._checked = False

@@ -26,7 +26,7 @@ from lightning_cl.core.teacher import TeacherKind, Watched
 from lightning_cl.functional.distillation import FeatureDistance, feature_distance
 from lightning_cl.functional.task_filters import initial_filter, train_filter
 
-__all__ = ["FeatureDistillation"]
+__all__ = ["FeatureDistillation", "features_last", "first_tensor"]
 
 
 class FeatureDistillation(Distillation):
@@ -52,7 +52,8 @@ class FeatureDistillation(Distillation):
         filter_samples: Samples to train the filters on, over all ranks.
         filter_steps: Steps of Adam on all of them at once.
         teacher: ``"previous"``: the weights at the end of the task before, from the second task on; ``"pretrained"``:
-            those that the first fit started from; ``"ema"``: an exponential moving average of the weights.
+            those that the first fit started from; ``"ema"``: an exponential moving average of the weights;
+            ``"base"``: the module without its adapters, which needs no copy (a head that trains is shared with it).
         decay: The share of the average that stays at each optimizer step; for ``"ema"``.
         batch_adapter: Reads batches of an uncommon structure.
         seed: Seed of the first filters.
@@ -119,7 +120,7 @@ class FeatureDistillation(Distillation):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         names = self._names(pl_module)
-        self._watched = {name: self.teaching.watch(pl_module, name, _first_tensor) for name in names}
+        self._watched = {name: self.teaching.watch(pl_module, name, first_tensor) for name in names}
         self._weights = {name: weight.to(pl_module.device) for name, weight in self._weights.items()}
 
     def _names(self, pl_module: LightningModule) -> list[str]:
@@ -153,7 +154,7 @@ class FeatureDistillation(Distillation):
         mask = self.adapter.padding_mask(batch)
         terms = []
         for name, watched in self._watched.items():
-            student, teacher = (_features_last(output) for output in watched.take())
+            student, teacher = (features_last(output) for output in watched.take())
             positions = mask if mask is not None and student.ndim == 3 and student.shape[:2] == mask.shape else None
             terms.append(
                 feature_distance(
@@ -196,7 +197,7 @@ class FeatureDistillation(Distillation):
         mask = self.adapter.padding_mask(batch)
         with undisturbed(pl_module, seed), torch.no_grad(), ExitStack() as stack:
             captures = {
-                name: stack.enter_context(OutputCapture(pl_module, name, _first_tensor)) for name in self._watched
+                name: stack.enter_context(OutputCapture(pl_module, name, first_tensor)) for name in self._watched
             }
             forward_step(pl_module, batch)
             return {name: _mean_over_positions(capture.output, mask) for name, capture in captures.items()}
@@ -239,7 +240,7 @@ def _matches(name: str, pattern: str) -> bool:
     return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))
 
 
-def _first_tensor(output: Any) -> Tensor | None:
+def first_tensor(output: Any) -> Tensor | None:
     """Return the hidden states in what a layer returned: itself, or the first tensor of several values."""
     values = output.values() if isinstance(output, Mapping) else output
     candidates = values if not isinstance(values, Tensor) and hasattr(values, "__iter__") else [values]
@@ -247,13 +248,13 @@ def _first_tensor(output: Any) -> Tensor | None:
     return tensor if tensor is not None and tensor.ndim >= 2 and tensor.is_floating_point() else None
 
 
-def _features_last(features: Tensor) -> Tensor:
+def features_last(features: Tensor) -> Tensor:
     """Return features with their own dimension last; of images and videos it is the second."""
     return features.movedim(1, -1) if features.ndim >= 4 else features
 
 
 def _mean_over_positions(output: Tensor, mask: Tensor | None) -> Tensor:
-    features = _features_last(output.detach()).float()
+    features = features_last(output.detach()).float()
     if mask is not None and features.ndim == 3 and features.shape[:2] == mask.shape:
         kept = mask.unsqueeze(-1)
         return (features * kept).sum(1) / kept.sum(1).clamp(min=1)

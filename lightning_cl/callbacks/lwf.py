@@ -52,7 +52,8 @@ class LwF(Distillation):
             those of the present task (``"seen"``), or the latter alone (``"present"``). They are the stream's, or else
             those of the labels that were seen.
         teacher: ``"previous"``: the weights at the end of the task before, from the second task on; ``"pretrained"``:
-            those that the first fit started from; ``"ema"``: an exponential moving average of the weights.
+            those that the first fit started from; ``"ema"``: an exponential moving average of the weights;
+            ``"base"``: the module without its adapters, which needs no copy (a head that trains is shared with it).
         decay: The share of the average that stays at each optimizer step; for ``"ema"``.
         logits: Name of the submodule that returns the class scores; found by itself in most modules.
         batch_adapter: Reads batches of an uncommon structure.

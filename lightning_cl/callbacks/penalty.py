@@ -49,6 +49,7 @@ class QuadraticPenalty(SelectsParameters):
         ValueError: If ``strength`` is not above 0; at the start of a fit for a pattern that matches nothing.
     """
 
+    compares_weights = True
     factor: ClassVar[float] = 1.0
     weighted: ClassVar[bool] = True
 

@@ -18,6 +18,7 @@ __all__ = ["SlowWeights"]
 class SlowWeights(ContinualCallback):
     """Keeps slow weights, which begin as what the first fit began with; a subclass says how they follow."""
 
+    compares_weights = True
     boundaries: ClassVar[Literal["required", "unused", "evaluation"]] = "unused"
 
     def __init__(self) -> None:

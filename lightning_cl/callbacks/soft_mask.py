@@ -63,6 +63,7 @@ class SoftMask(PartialUpdate):
         state="1 float32 per unit; 1 copy of the weights during a step",
     )
 
+    compares_weights = True
     graded: ClassVar[bool] = True
 
     def __init__(

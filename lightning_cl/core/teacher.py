@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from lightning_cl.core.adapters import adapters_disabled, has_adapters
 from lightning_cl.core.capture import OutputCapture, class_scores, forward_step, undisturbed
 from lightning_cl.core.checks import check_choice
 from lightning_cl.core.copies import WeightCopy
@@ -18,7 +19,7 @@ from lightning_cl.core.step import loss_of
 
 __all__ = ["Teacher", "TeacherKind", "Watched"]
 
-TeacherKind = Literal["previous", "pretrained", "ema"]
+TeacherKind = Literal["previous", "pretrained", "ema", "base"]
 
 
 class Watched:
@@ -63,7 +64,8 @@ class Teacher:
 
     Args:
         kind: Whose weights: ``"previous"`` (those that the present task started from, so there is none in the first
-            task), ``"pretrained"`` (those that the first fit started from), ``"ema"`` (an exponential moving average).
+            task), ``"pretrained"`` (those that the first fit started from), ``"ema"`` (an exponential moving average),
+            ``"base"`` (the module without its adapters or prompts: no weights are kept).
         owner: The callback, for errors.
         decay: Of ``"ema"``: the share of the average that stays at each optimizer step.
 
@@ -98,7 +100,7 @@ class Teacher:
 
     def __bool__(self) -> bool:
         """Whether it has weights to teach with."""
-        return bool(self._copy)
+        return self.kind == "base" or bool(self._copy)
 
     # ------------------------------------------------------------------ the life of a fit
 
@@ -109,8 +111,8 @@ class Teacher:
         Of several callbacks with one teacher, one calls :meth:`start_fit`, :meth:`start_task` and :meth:`follow`, and
         keeps its state.
         """
-        # the weights of `previous` are taken anew by every task
-        either = self.kind == "previous" or not (self or other)
+        # the weights of `previous` are taken anew by every task, and `base` has none
+        either = self.kind in ("previous", "base") or not (self or other)
         return self is other or (either and (self.kind, self.decay) == (other.kind, other.decay))
 
     def start_fit(self, pl_module: LightningModule, *, inside_task: bool) -> None:
@@ -120,6 +122,14 @@ class Teacher:
             pl_module: The user's module.
             inside_task: Whether the fit goes on with a task that a checkpoint was written in.
         """
+        self._checked = False
+        if self.kind == "base":
+            if not has_adapters(pl_module):
+                raise ValueError(
+                    f"`{self._owner}(teacher='base')` teaches with the module without its adapters, and"
+                    f" {type(pl_module).__name__} has none. Use `teacher='pretrained'`, which keeps a copy."
+                )
+            return
         if self.kind == "previous" and not inside_task:
             # of an earlier fit: the task that starts takes others, also of a module with other weights to train
             self._copy = self._no_weights()
@@ -127,7 +137,6 @@ class Teacher:
         self._copy.place(pl_module)
         if not self and self.kind != "previous":
             self._copy.take(pl_module)
-        self._checked = False
 
     def start_task(self, pl_module: LightningModule, *, first: bool) -> None:
         """Take the weights that a task starts from, unless it is the first; from ``on_task_start``."""
@@ -201,7 +210,8 @@ class Teacher:
             leaves = tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)
             tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         versions = [tensor._version for tensor in tensors]
-        with undisturbed(pl_module, None, as_in_step=True), self._copy.in_place(pl_module):
+        weights = adapters_disabled(pl_module) if self.kind == "base" else self._copy.in_place(pl_module)
+        with undisturbed(pl_module, None, as_in_step=True), weights:
             self.loss = loss_of(forward_step(pl_module, batch, batch_idx))
         self.runs += 1
         self._checked = True
@@ -228,7 +238,7 @@ class Teacher:
 
     def num_bytes(self, pl_module: LightningModule) -> int:
         """Return what it keeps on this rank."""
-        return self._copy.num_bytes(pl_module)
+        return 0 if self.kind == "base" else self._copy.num_bytes(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         """Return its weights."""

@@ -1,0 +1,62 @@
+"""Switching adapters off for a forward of the base model, whatever library put them in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+__all__ = ["adapters_disabled", "has_adapters"]
+
+# PEFT's layers, its trained copies of whole modules and our prompts look at it in their forward
+_FLAG = "_disable_adapters"
+
+
+@contextmanager
+def adapters_disabled(module: nn.Module) -> Iterator[None]:
+    """Let ``module`` compute as its base model; what trains and what is active stays as it is.
+
+    PEFT's own ``disable_adapter()`` makes every active adapter trainable when it ends, also what was frozen by hand.
+    A graph from inside the block gives no gradient to adapters, so a student's forward comes outside of it.
+
+    Args:
+        module: A module with adapters of PEFT, or with prompts, in any depth; one without them is left as it is.
+
+    Raises:
+        ValueError: If adapters are merged into the base weights, which then are no base weights.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> model = nn.Sequential(nn.Linear(2, 2))
+        >>> adapted = get_peft_model(model, LoraConfig(r=1, target_modules=["0"], init_lora_weights=False))
+        >>> with adapters_disabled(adapted):
+        ...     adapted.base_model.model[0].disable_adapters
+        True
+        >>> adapted.base_model.model[0].disable_adapters
+        False
+    """
+    found = _switchable(module)
+    if any(getattr(part, "merged", False) for part in found):
+        raise ValueError(
+            "Adapters are merged into the base weights, so there is no base model to compute with. Unmerge them"
+            " (`unmerge_adapter`) first."
+        )
+    before = [getattr(part, _FLAG) for part in found]
+    try:
+        for part in found:
+            setattr(part, _FLAG, True)
+        yield
+    finally:
+        for part, flag in zip(found, before, strict=True):
+            setattr(part, _FLAG, flag)
+
+
+def has_adapters(module: nn.Module) -> bool:
+    """Return whether there is anything in ``module`` that :func:`adapters_disabled` switches off."""
+    return bool(_switchable(module))
+
+
+def _switchable(module: nn.Module) -> list[Any]:
+    return [part for part in module.modules() if isinstance(getattr(part, _FLAG, None), bool)]
