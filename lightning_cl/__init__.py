@@ -1,6 +1,9 @@
 """Continual learning and unlearning as callbacks and mixins for PyTorch Lightning."""
 
 from lightning_cl.__about__ import __version__
+from lightning_cl.adapters import (
+    AdapterSlots,
+)
 from lightning_cl.callbacks import (
     AGEM,
     DER,
@@ -54,6 +57,7 @@ __all__ = [
     "MIR",
     "PCR",
     "SI",
+    "AdapterSlots",
     "ComponentClip",
     "ContinualCallback",
     "ContinualEvaluation",

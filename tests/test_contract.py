@@ -13,7 +13,6 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from contract import Row, all_rows, methods_elsewhere
@@ -22,7 +21,7 @@ from lightning_cl.cli.main import main
 from lightning_cl.cli.methods import method_classes
 from lightning_cl.core.shards import gathered
 from ranks import Ranks, exit_codes
-from toys import SelfSharded, ToyModule, fit_stream, toy_loaders, toy_stream, trainer, weights
+from toys import LoraToy, SelfSharded, SelfShardedLora, ToyModule, fit_stream, toy_loaders, toy_stream, trainer, weights
 
 ROWS = all_rows()
 
@@ -146,24 +145,28 @@ def test_survives_pickling(row: Row, tmp_path: Path) -> None:
 @every_method
 def test_spawning_launchers_are_refused(row: Row, tmp_path: Path) -> None:
     """They run the fit in children that keep what was learned to themselves."""
-    codes = exit_codes(functools.partial(fit_with_fork, tmp_path, row.method, row.settings))
+    codes = exit_codes(functools.partial(fit_with_fork, tmp_path, row.method, row.settings, row.toy))
     assert codes == [1]
     assert "ddp_spawn" in (tmp_path / "error.txt").read_text()
 
 
-def fit_with_fork(root: Path, method: type[ContinualCallback], settings: dict[str, Any]) -> None:
+def fit_with_fork(root: Path, method: type[ContinualCallback], settings: dict[str, Any], toy: type[ToyModule]) -> None:
     """Fit by a launcher that must be refused; leave the error's text."""
     try:
-        trainer(root, [method(**settings)], strategy="ddp_fork", devices=2).fit(ToyModule(), datamodule=toy_stream())
+        trainer(root, [method(**settings)], strategy="ddp_fork", devices=2).fit(toy(), datamodule=toy_stream())
     except Exception as error:
         (root / "error.txt").write_text(str(error))
         raise
+
+
+ADAPTER = "    adapter: {peft_type: LORA, r: 4, target_modules: all-linear}"
 
 
 @every_method
 def test_built_by_the_command_line(row: Row, tmp_path: Path) -> None:
     """The class's signature is its YAML."""
     settings = "\n".join(f"        {name}: {value}" for name, value in row.settings.items())
+    adapter = "" if row.toy is ToyModule else ADAPTER
     (tmp_path / "run.yaml").write_text(
         f"""
 trainer:
@@ -186,6 +189,7 @@ model:
     network:
       class_path: MLP
       init_args: {{num_inputs: 64, num_outputs: 10, hidden: [16]}}
+{adapter}
 data:
   class_path: TaskStreamDataModule
   init_args:
@@ -209,6 +213,7 @@ def two_ranks() -> Iterator[Ranks]:
     ranks.close()
 
 
+SELF_SHARDED = {ToyModule: SelfSharded, LoraToy: SelfShardedLora}
 STRATEGIES: dict[str, Callable[[], Any]] = {
     "ddp": lambda: "ddp",
     "fsdp2": lambda: FSDP2Strategy(wrap=["Linear"]),
@@ -221,18 +226,18 @@ def fit_on_this_rank(
     method: type[ContinualCallback],
     settings: dict[str, Any],
     optimizer: Callable[..., Optimizer] | None,
+    toy: type[ToyModule],
     strategy: str,
     saved: str | None = None,
     ckpt_path: Path | None = None,
 ) -> Tensor:
     """Fit the toy stream with half of each batch; return the full weights."""
-    kind = SelfSharded if strategy == "model-parallel" else ToyModule
+    kind = SELF_SHARDED[toy] if strategy == "model-parallel" else toy
     module = kind(dropout=0.3 if saved else 0.0, optimizer=optimizer)
     callbacks = [method(**settings), *([saver(root / saved)] if saved else ())]
     fit = trainer(root, callbacks, strategy=STRATEGIES[strategy](), devices=2)
     fit.fit(module, datamodule=toy_stream(batch_size=4), ckpt_path=ckpt_path)
-    full = [p.full_tensor() if isinstance(p, DTensor) else p for p in module.parameters()]
-    return torch.cat([p.detach().flatten() for p in full])
+    return weights(module)
 
 
 @pytest.mark.distributed
@@ -241,7 +246,9 @@ def fit_on_this_rank(
 def test_two_ranks_end_where_one_process_ends(row: Row, strategy: str, two_ranks: Ranks, tmp_path: Path) -> None:
     """Over two tasks, with the joined batch: data-parallel, and sharded by our strategy and by Lightning's."""
     expected = row.plain_loop(batch_size=4, world_size=2)
-    first, second = two_ranks.run(fit_on_this_rank, tmp_path, row.method, row.settings, row.optimizer, strategy)
+    first, second = two_ranks.run(
+        fit_on_this_rank, tmp_path, row.method, row.settings, row.optimizer, row.toy, strategy
+    )
     assert torch.equal(first, second)
     torch.testing.assert_close(first, expected, rtol=0, atol=max(row.tolerance, 1e-6))
 
@@ -251,7 +258,7 @@ def test_two_ranks_end_where_one_process_ends(row: Row, strategy: str, two_ranks
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_ranks_resume_to_the_same_bits(row: Row, strategy: str, two_ranks: Ranks, tmp_path: Path) -> None:
     """In the second task, with dropout; a sharded checkpoint keeps the method's state as shards."""
-    fixed = (row.method, row.settings, row.optimizer, strategy)
+    fixed = (row.method, row.settings, row.optimizer, row.toy, strategy)
     straight = two_ranks.run(fit_on_this_rank, tmp_path, *fixed, "straight")
     path = tmp_path / "straight" / "step=8.ckpt"
     assert path.is_dir() == (strategy == "fsdp2")

@@ -1,4 +1,4 @@
-"""Modules whose weights come block by block, so that no rank ever holds the whole model."""
+"""Modules whose weights come block by block, so that no rank ever holds the whole model, and parts that start apart."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import nn
 
-__all__ = ["LazyWeights"]
+__all__ = ["LazyWeights", "StartsItself"]
 
 
 @runtime_checkable
@@ -25,3 +25,11 @@ class LazyWeights(Protocol):
             block: The submodule; what an earlier call filled is left alone.
             device: Where the values go.
         """
+
+
+@runtime_checkable
+class StartsItself(Protocol):
+    """A part of an adapter that does not begin with what its library draws for it."""
+
+    def start(self) -> None:
+        """Give values to its parameters, which have memory but none yet; called after the library's own start."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from typing_extensions import override
 
+from lightning_cl.adapters.attach import add_adapters
 from lightning_cl.core.batches import BatchAdapter
 from lightning_cl.core.checks import check_choice, check_positive
 from lightning_cl.mixins.masked_head import MaskedHead
@@ -31,6 +32,8 @@ class Classifier(MaskedHead, LightningModule):
             :class:`~lightning_cl.optim.SPAM`, in a config its ``class_path`` and ``init_args``. Learning rate and
             weight decay are those given here.
         weight_decay: Weight decay of the optimizer.
+        adapter: Config of any PEFT method, as a dict such as ``{"peft_type": "LORA", "r": 8, "target_modules":
+            "all-linear"}`` or as an object. All else in the network is then frozen, except ``modules_to_save``.
         head_mask: Restrict the logits to the classes of the task (``"task"``) or to those seen so far (``"seen"``).
     """
 
@@ -40,6 +43,7 @@ class Classifier(MaskedHead, LightningModule):
         learning_rate: float = 1e-3,
         optimizer: Literal["adam", "adamw", "sgd"] | OptimizerFactory = "adam",
         weight_decay: float = 0.0,
+        adapter: Any = None,
         head_mask: Literal["none", "task", "seen"] = "none",
     ) -> None:
         super().__init__()
@@ -48,7 +52,7 @@ class Classifier(MaskedHead, LightningModule):
         check_choice("head_mask", head_mask, ("none", "task", "seen"))
         if not callable(optimizer):
             check_choice("optimizer", optimizer, ("adam", "adamw", "sgd"))
-        self.network = network
+        self.network = network if adapter is None else add_adapters(network, adapter)
         self.learning_rate = learning_rate
         self.optimizer = optimizer
         self.weight_decay = weight_decay

@@ -14,6 +14,7 @@ from torch import nn
 from lightning_cl.adapters import add_adapters
 from lightning_cl.core.checks import check_choice
 from lightning_cl.core.imports import require
+from lightning_cl.core.lazy import StartsItself
 from lightning_cl.core.rng import derived_seed, isolated_rng
 from lightning_cl.modules.random_weights import RandomWeights
 from lightning_cl.quantization import CheckpointReader, build_skeleton, check_can_shard, fill_block, quantize_base
@@ -209,6 +210,9 @@ class NetworkBuilder:
             for adapter in () if _is_meta(layer) else layer.r:
                 with isolated_rng(derived_seed("adapter", self.seed, full, adapter)):
                     layer.reset_lora_parameters(adapter, True)
+            for part in () if _is_meta(layer) else layer.modules():
+                if isinstance(part, StartsItself):
+                    part.start()
 
 
 def unwrapped(network: Any) -> Any:

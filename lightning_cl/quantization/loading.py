@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_cl.core.lazy import StartsItself
 from lightning_cl.quantization.layers import (
     bitsandbytes,
     fill_layer,
@@ -207,6 +208,9 @@ def _start_adapters(block: nn.Module, adapters: list[Place], device: torch.devic
             del left[id(place.tensor)]
         for name in layer.r:  # type: ignore[union-attr]
             layer.reset_lora_parameters(name, True)  # type: ignore[operator]
+        for part in layer.modules():
+            if isinstance(part, StartsItself):
+                part.start()
         for place in inside:
             place.module._parameters[place.attribute].data = place.module._parameters[place.attribute].data.to(device)  # type: ignore[union-attr]
     if left:

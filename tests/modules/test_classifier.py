@@ -134,6 +134,18 @@ def test_settings_out_of_range(settings: dict[str, object], message: str) -> Non
         classifier(**settings)
 
 
+def test_adapters_from_a_config(tmp_path: Path) -> None:
+    """All else is frozen, but what `modules_to_save` names; only that goes to the optimizer."""
+    config = {"peft_type": "LORA", "r": 2, "target_modules": ["1"], "modules_to_save": ["3"]}
+    module = classifier(adapter=config)
+    before = {name: parameter.clone() for name, parameter in module.named_parameters()}
+    fit_stream(tmp_path, module=module)
+    moved = {name for name, parameter in module.named_parameters() if not torch.equal(parameter, before[name])}
+    path = "network.base_model.model"
+    factors = {f"{path}.1.lora_{factor}.default.weight" for factor in "AB"}
+    assert moved == factors | {f"{path}.3.modules_to_save.default.{name}" for name in ("weight", "bias")}
+
+
 # ---------------------------------------------------------------------- networks
 
 

@@ -26,6 +26,7 @@ class Row:
         plain_loop: Called with ``batch_size`` and ``world_size``; returns the final weights.
         tolerance: Largest difference of a weight; 0 for the same bits.
         optimizer: Called with the parameters and ``lr``; the toy module's own, SGD with momentum, if ``None``.
+        toy: The module: as users write them, or one with LoRA adapters.
     """
 
     method: type[ContinualCallback]
@@ -33,12 +34,13 @@ class Row:
     plain_loop: Callable[..., Tensor]
     tolerance: float = 1e-6
     optimizer: Callable[..., Optimizer] | None = None
+    toy: type[ToyModule] = ToyModule
 
     def make(self) -> ContinualCallback:
         return self.method(**self.settings)
 
     def module(self, **settings: Any) -> ToyModule:
-        return ToyModule(optimizer=self.optimizer, **settings)
+        return self.toy(optimizer=self.optimizer, **settings)
 
 
 def methods_elsewhere() -> dict[type[ContinualCallback], str]:

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
-from torch.nn.utils import parameters_to_vector
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_cl.datamodules import ClassIncremental, TaskStreamDataModule
@@ -83,10 +84,38 @@ class SelfSharded(ToyModule):
     """The toy module as users of Lightning's own strategy write it."""
 
     def configure_model(self) -> None:
-        if isinstance(self.model[0].weight, DTensor):
-            return
-        mesh = self.device_mesh["data_parallel"]
-        for layer in (self.model[0], self.model[3], self.model):
+        shard_layers(self, self.model)
+
+
+class LoraToy(ToyModule):
+    """The toy module on LoRA adapters: what is under them is random and frozen."""
+
+    def __init__(self, dropout: float = 0.0, learning_rate: float = 0.1, seed: int = 7, optimizer: Any = None) -> None:
+        super().__init__(dropout, learning_rate, seed, optimizer)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed + 1)
+            config = LoraConfig(r=2, lora_alpha=4, target_modules=["0", "3"])
+            self.model = get_peft_model(self.model, config)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        if self.optimizer is not None:
+            return self.optimizer(trained, lr=self.learning_rate)
+        return torch.optim.SGD(trained, lr=self.learning_rate, momentum=0.9)
+
+
+class SelfShardedLora(LoraToy):
+    """The same as users of Lightning's own strategy write it."""
+
+    def configure_model(self) -> None:
+        shard_layers(self, self.model.base_model.model)
+
+
+def shard_layers(module: LightningModule, network: nn.Sequential) -> None:
+    """Shard the layers of a toy network over all ranks, unless they are."""
+    mesh = module.device_mesh["data_parallel"]
+    if not any(isinstance(parameter, DTensor) for parameter in network.parameters()):
+        for layer in (network[0], network[3], network):
             fully_shard(layer, mesh=mesh)
 
 
@@ -106,8 +135,25 @@ def trainer(root: Path | str, callbacks: Sequence[Callback] = (), **settings: An
 
 
 def weights(module: nn.Module) -> Tensor:
-    """All parameters of a module as one vector."""
-    return parameters_to_vector(module.parameters()).detach().clone()
+    """All weights that a module computes with as one vector, gathered; with LoRA those of the base and the adapters."""
+    lora = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, LoraLayer)]
+    plain = [p for name, p in module.named_parameters() if not any(name.startswith(f"{layer}.") for layer, _ in lora)]
+    parts = [_whole(parameter) for parameter in plain]
+    for _, layer in lora:
+        weight = _whole(layer.base_layer.weight)
+        for adapter in layer.active_adapters:
+            down, up = _whole(layer.lora_A[adapter].weight), _whole(layer.lora_B[adapter].weight)
+            if (mixing := getattr(layer.lora_A[adapter], "mixing", None)) is not None:
+                mixing = layer.lora_A[adapter].gates(_whole(mixing))
+                down = (mixing.diag() if mixing.ndim == 1 else mixing) @ down
+            weight = weight + layer.scaling[adapter] * up @ down
+        parts += [weight, _whole(layer.base_layer.bias)]
+    return torch.cat([part.flatten() for part in parts])
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    parameter = parameter.detach()
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.clone()
 
 
 def fit_stream(
