@@ -92,6 +92,10 @@ class CheckpointReader:
         """Return the shape of a tensor."""
         return torch.Size(self._entries[name].shape)
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype of a tensor in the file."""
+        return self._entries[name].dtype
+
     def nbytes(self, name: str) -> int:
         """Return the size of a tensor in the file, in bytes."""
         return _size(self._entries[name])

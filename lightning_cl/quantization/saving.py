@@ -98,7 +98,7 @@ def quantized_state_dict(module: nn.Module) -> dict[str, Tensor]:
 def save_quantized(module: nn.Module, folder: str | Path, *, shard_bytes: int = SHARD_BYTES) -> None:
     """Write the quantized base model so that ``transformers`` loads it by ``from_pretrained``.
 
-    Rank 0 writes, tensor by tensor. Adapters are written by :func:`~lightning_cl.adapters.export_adapters`.
+    Rank 0 writes, tensor by tensor. Adapters are written by :func:`~lightning_cl.adapters.export`.
 
     Args:
         module: A quantized Hugging Face model, also under PEFT or in a LightningModule, sharded or not; all ranks must

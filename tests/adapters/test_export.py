@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM
 
-from lightning_cl.adapters import add_adapters, export_adapters, export_merged
+from lightning_cl.adapters import AdapterSlots, add_adapters, export
 from lightning_cl.modules import CausalLM
 from lightning_cl.quantization import dequantize, load_quantized, quantize_base
 from lightning_cl.strategies import FSDP2Strategy
@@ -42,6 +42,12 @@ def base(mode: str | None, dtype: torch.dtype, **changes: Any) -> LlamaForCausal
     return model if mode is None else quantize_base(model, mode=mode, compute_dtype=dtype)
 
 
+def original(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """Write the base model as it was before it was quantized."""
+    tiny_llama().to(dtype).save_pretrained(folder, max_shard_size="60KB")
+    return folder
+
+
 def adapted(mode: str | None, dtype: torch.dtype, config: dict[str, Any]) -> peft.PeftModel:
     """Return a base model with adapters that do something."""
     model = add_adapters(base(mode, dtype), config)
@@ -62,7 +68,7 @@ def relative(value: torch.Tensor, expected: torch.Tensor) -> float:
 def test_adapters_load_in_plain_peft(mode, dtype, config, tmp_path):
     """On a fresh base the logits are the same, bit by bit."""
     model = adapted(mode, dtype, config)
-    export_adapters(nn.ModuleList([model]), tmp_path)  # as a LightningModule holds it
+    export(nn.ModuleList([model]), tmp_path)  # as a LightningModule holds it
     fresh = base(mode, dtype)
     loaded = peft.PeftModel.from_pretrained(fresh, tmp_path, autocast_adapter_dtype=False)
     assert torch.equal(logits(loaded), logits(model))
@@ -73,7 +79,7 @@ def test_adapters_of_other_names_are_exported(tmp_path):
     """Each into a folder of its own, as PEFT does."""
     model = adapted(None, torch.float32, LORA)
     model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["q_proj"]))
-    export_adapters(model, tmp_path)
+    export(model, tmp_path)
     assert (tmp_path / "adapter_model.safetensors").is_file()
     assert (tmp_path / "second" / "adapter_model.safetensors").is_file()
 
@@ -84,14 +90,14 @@ def test_merged_loads_in_plain_transformers(mode, config, tmp_path):
     """In float32 the logits are those of the model with adapters, to a relative 1e-6; in bfloat16 to 1e-2."""
     model = adapted(mode, torch.float32, config)
     expected = logits(model)
-    export_merged(model, tmp_path / "float32", shard_bytes=60_000)
+    export(model, tmp_path / "float32", "dequantized", shard_bytes=60_000)
     merged = LlamaForCausalLM.from_pretrained(tmp_path / "float32")
     assert len(list((tmp_path / "float32").glob("*.safetensors"))) > 2
     assert merged.dtype == torch.float32
     assert not hasattr(merged.config, "quantization_config")
     assert relative(logits(merged), expected) < 1e-6
     assert relative(logits(base(mode, torch.float32)), expected) > 0.05
-    export_merged(model, tmp_path / "bfloat16", dtype=torch.bfloat16)
+    export(model, tmp_path / "bfloat16", "dequantized", dtype=torch.bfloat16)
     rounded = LlamaForCausalLM.from_pretrained(tmp_path / "bfloat16")
     assert rounded.dtype == torch.bfloat16
     assert 1e-3 < relative(logits(rounded), expected) < 1e-2
@@ -107,7 +113,7 @@ def test_merged_weight_is_dequantized_plus_delta(tmp_path):
     delta = 2.0 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
     weight = dequantize(layer.base_layer)
     assert delta.norm() / weight.norm() < 0.05
-    export_merged(model, tmp_path)
+    export(model, tmp_path, "dequantized")
     written = LlamaForCausalLM.from_pretrained(tmp_path).model.layers[0].self_attn.q_proj.weight
     assert relative((written - weight).detach(), delta.detach()) < 1e-5
     assert torch.equal(logits(model), before)
@@ -116,8 +122,41 @@ def test_merged_weight_is_dequantized_plus_delta(tmp_path):
 def test_quantized_model_without_adapters_is_unpacked(tmp_path):
     """The same weights in a plain model."""
     model = base("nf4", torch.float32)
-    export_merged(model, tmp_path)
+    export(model, tmp_path, "dequantized")
     assert relative(logits(LlamaForCausalLM.from_pretrained(tmp_path)), logits(model)) < 1e-6
+
+
+@pytest.mark.parametrize("config", WITH_ALL)
+@pytest.mark.parametrize("mode", ["nf4", "int8", None])
+def test_original_weights_take_the_delta(mode, config, tmp_path):
+    """As merged by PEFT on the base before it was quantized; training saw that base with a quantization error."""
+    model = adapted(mode, torch.float32, config)
+    seen = logits(model)
+    export(model, tmp_path / "new", "original16", base=original(tmp_path / "base"), shard_bytes=60_000)
+    merged = LlamaForCausalLM.from_pretrained(tmp_path / "new")
+    export(model, tmp_path / "adapters")
+    plain = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapters")
+    assert relative(logits(merged), logits(plain)) < 1e-6
+    assert relative(logits(plain.merge_and_unload()), logits(merged)) < 1e-6
+    of_base = relative(logits(base(mode, torch.float32)), logits(tiny_llama()))
+    if mode is None:
+        assert relative(logits(merged), seen) < 1e-6
+    else:
+        assert of_base > 1e-3
+        assert 0.05 * of_base < relative(logits(merged), seen) < 1.5 * of_base
+
+
+def test_original_weights_keep_their_dtype(tmp_path):
+    """In bfloat16 every weight is within half a unit in the last place of the sum; another dtype may be asked for."""
+    model = adapted("nf4", torch.float32, LORA)
+    folder = original(tmp_path / "base", torch.bfloat16)
+    export(model, tmp_path / "new", "original16", base=folder)
+    export(model, tmp_path / "wide", "original16", base=folder, dtype=torch.float32)
+    rounded, exact = (LlamaForCausalLM.from_pretrained(tmp_path / name) for name in ("new", "wide"))
+    assert (rounded.dtype, exact.dtype) == (torch.bfloat16, torch.float32)
+    for name, weight in exact.named_parameters():
+        assert torch.equal(rounded.get_parameter(name), weight.to(torch.bfloat16)), name
+    assert 1e-4 < relative(logits(rounded), logits(exact)) < 1e-2
 
 
 def export_from_shards(folder: Path, mode: str | None, config: dict[str, Any]) -> torch.Tensor:
@@ -125,8 +164,9 @@ def export_from_shards(folder: Path, mode: str | None, config: dict[str, Any]) -
     model = adapted(mode, torch.float32, config)
     shard(model, model.base_model.model)
     before = logits(model)
-    export_adapters(model, folder / "adapters")
-    export_merged(model, folder / "merged", shard_bytes=60_000)
+    export(model, folder / "adapters")
+    export(model, folder / "merged", "dequantized", shard_bytes=60_000)
+    export(model, folder / "new", "original16", base=folder / "base")
     assert (folder / "merged" / "config.json").is_file()  # on every rank, as soon as the call returns
     assert torch.equal(logits(model), before)
     return before
@@ -136,12 +176,15 @@ def export_from_shards(folder: Path, mode: str | None, config: dict[str, Any]) -
 @pytest.mark.parametrize(("mode", "config"), [("nf4", LORA), ("nf4", HEADS), (None, LORA)])
 def test_exports_from_shards(ranks, mode, config, tmp_path):
     """Two ranks write what one process would."""
+    original(tmp_path / "base")
     expected, other = ranks.run(export_from_shards, tmp_path, mode, config)
     assert torch.equal(expected, other)
     loaded = peft.PeftModel.from_pretrained(base(mode, torch.float32), tmp_path / "adapters")
     assert torch.equal(logits(loaded), expected)
     merged = LlamaForCausalLM.from_pretrained(tmp_path / "merged")
     assert relative(logits(merged), expected) < 1e-6
+    plain = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapters")
+    assert relative(logits(LlamaForCausalLM.from_pretrained(tmp_path / "new")), logits(plain)) < 1e-6
 
 
 def export_after_fit(folder: Path) -> torch.Tensor:
@@ -157,8 +200,8 @@ def export_after_fit(folder: Path) -> torch.Tensor:
     trainer = Trainer(accelerator="cpu", devices=2, strategy=FSDP2Strategy(), max_steps=3, **quiet)
     loader = DataLoader([{"input_ids": row, "labels": row} for row in TOKENS], batch_size=1)
     trainer.fit(module, loader, loader)
-    export_adapters(module, folder / "adapters")
-    export_merged(module, folder / "merged")
+    export(module, folder / "adapters")
+    export(module, folder / "merged", "dequantized")
     with torch.no_grad():
         return module.train()(input_ids=TOKENS)
 
@@ -183,16 +226,43 @@ def test_what_cannot_be_merged_is_refused(tmp_path):
     dora = add_adapters(tiny_llama(), {**LORA, "use_dora": True})
     ia3 = add_adapters(tiny_llama(), {"peft_type": "IA3", "target_modules": ["k_proj"], "feedforward_modules": []})
     for model in (dora, ia3):
-        with pytest.raises(ValueError, match=r"merges plain LoRA.*`export_adapters`"):
-            export_merged(model, tmp_path)
+        with pytest.raises(ValueError, match=r"merges plain LoRA.*`into='factors'`"):
+            export(model, tmp_path, "dequantized")
     with pytest.warns(UserWarning, match="a tied layer is part of the adapter"):
         shared = add_adapters(tiny_llama(tie_word_embeddings=True), {**LORA, "target_modules": ["embed_tokens"]})
     with pytest.raises(ValueError, match=r"embed_tokens.weight' is shared"):
-        export_merged(shared, tmp_path)
+        export(shared, tmp_path, "dequantized")
     merged = adapted(None, torch.float32, LORA)
     merged.merge_adapter()
     with pytest.raises(ValueError, match=r"merged already. Unmerge them"):
-        export_merged(merged, tmp_path)
+        export(merged, tmp_path, "dequantized")
     with pytest.raises(ValueError, match=r"holds no `peft.PeftModel`"):
-        export_adapters(tiny_llama(), tmp_path)
+        export(tiny_llama(), tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_settings_of_another_format_are_refused(tmp_path):
+    """They would be ignored; a base that is another model would be silently wrong."""
+    model = adapted("nf4", torch.float32, LORA)
+    with pytest.raises(ValueError, match=r"`into` must be one of .*'original16'"):
+        export(model, tmp_path, "original")
+    with pytest.raises(ValueError, match=r"`base` names the checkpoint.*got None with 'original16'"):
+        export(model, tmp_path, "original16")
+    with pytest.raises(ValueError, match=r"`base` names the checkpoint.*with 'dequantized'"):
+        export(model, tmp_path, "dequantized", base=tmp_path)
+    with pytest.raises(ValueError, match=r"`dtype` is that of merged weights"):
+        export(model, tmp_path, dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"`slots` are written beside factors"):
+        export(model, tmp_path, "dequantized", slots=AdapterSlots())
+    with pytest.raises(ValueError, match=r"`slots` is a AdapterSlots, and the adapters of PeftModel have"):
+        export(model, tmp_path, slots=AdapterSlots())
+    assert list(tmp_path.iterdir()) == []
+    wider = save_llama(tmp_path / "wider", intermediate_size=256)
+    with pytest.raises(
+        ValueError, match=r"has \(256, 64\) as 'model.layers.0.mlp.gate_proj.weight', and the model \(128"
+    ):
+        export(model, tmp_path / "new", "original16", base=wider)
+    shorter = save_llama(tmp_path / "shorter", num_hidden_layers=1)
+    with pytest.raises(ValueError, match=r"has nothing as 'model.layers.1.self_attn.q_proj.weight'"):
+        export(model, tmp_path / "new", "original16", base=shorter)
+    assert not (tmp_path / "new").exists()
