@@ -3,6 +3,7 @@
 from lightning_cl.__about__ import __version__
 from lightning_cl.adapters import (
     AdapterSlots,
+    OLoRA,
 )
 from lightning_cl.callbacks import (
     AGEM,
@@ -74,6 +75,7 @@ __all__ = [
     "LwF",
     "MaskedHead",
     "MomentumInterpolation",
+    "OLoRA",
     "RWalk",
     "Reptile",
     "Rewarm",

@@ -2,12 +2,14 @@
 
 from lightning_cl.adapters.attach import add_adapters
 from lightning_cl.adapters.export import export
+from lightning_cl.adapters.olora import OLoRA
 from lightning_cl.adapters.slot import Slot, SlotFactor
 from lightning_cl.adapters.slots import AdapterSlots
 from lightning_cl.core.adapters import adapters_disabled
 
 __all__ = [
     "AdapterSlots",
+    "OLoRA",
     "Slot",
     "SlotFactor",
     "adapters_disabled",

@@ -16,6 +16,7 @@ from lightning_cl.functional.mas import SensitivitySums, output_sensitivity
 from lightning_cl.functional.masks import half_of_each, hold_gradient_, kth_largest, scale_update_, unit_importance
 from lightning_cl.functional.mezo import direction, move_along_, projected_gradient
 from lightning_cl.functional.nearest_mean import class_means, feature_sums, nearest_mean_scores
+from lightning_cl.functional.olora import orthogonality_gradient_, orthogonality_penalty
 from lightning_cl.functional.path_integral import path_importance_, path_integral_
 from lightning_cl.functional.per_sample import LayerTape
 from lightning_cl.functional.proxy_contrastive import (
@@ -115,6 +116,8 @@ __all__ = [
     "nearest_mean_scores",
     "norm_factors_",
     "normalised_importance",
+    "orthogonality_gradient_",
+    "orthogonality_penalty",
     "output_sensitivity",
     "pad_logits",
     "path_importance_",
