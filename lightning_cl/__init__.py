@@ -3,6 +3,7 @@
 from lightning_cl.__about__ import __version__
 from lightning_cl.adapters import (
     AdapterSlots,
+    LoRAFA,
     OLoRA,
 )
 from lightning_cl.callbacks import (
@@ -72,6 +73,7 @@ __all__ = [
     "HalfFineTuning",
     "ICaRL",
     "L2Anchor",
+    "LoRAFA",
     "LwF",
     "MaskedHead",
     "MomentumInterpolation",

@@ -2,6 +2,7 @@
 
 from lightning_cl.adapters.attach import add_adapters
 from lightning_cl.adapters.export import export
+from lightning_cl.adapters.lorafa import LoRAFA
 from lightning_cl.adapters.olora import OLoRA
 from lightning_cl.adapters.slot import Slot, SlotFactor
 from lightning_cl.adapters.slots import AdapterSlots
@@ -9,6 +10,7 @@ from lightning_cl.core.adapters import adapters_disabled
 
 __all__ = [
     "AdapterSlots",
+    "LoRAFA",
     "OLoRA",
     "Slot",
     "SlotFactor",

@@ -11,6 +11,7 @@ from lightning_cl.functional.gem import gem_coefficients
 from lightning_cl.functional.gpm import add_gram_, extend_basis
 from lightning_cl.functional.icarl import icarl_loss
 from lightning_cl.functional.interference import most_interfered, virtual_step_
+from lightning_cl.functional.lorafa import orthonormal_rows
 from lightning_cl.functional.loss_spikes import loss_deviation
 from lightning_cl.functional.mas import SensitivitySums, output_sensitivity
 from lightning_cl.functional.masks import half_of_each, hold_gradient_, kth_largest, scale_update_, unit_importance
@@ -118,6 +119,7 @@ __all__ = [
     "normalised_importance",
     "orthogonality_gradient_",
     "orthogonality_penalty",
+    "orthonormal_rows",
     "output_sensitivity",
     "pad_logits",
     "path_importance_",
