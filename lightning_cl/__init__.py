@@ -5,6 +5,7 @@ from lightning_cl.adapters import (
     AdapterSlots,
     LoRAFA,
     OLoRA,
+    PeriodicLoRA,
 )
 from lightning_cl.callbacks import (
     AGEM,
@@ -78,6 +79,7 @@ __all__ = [
     "MaskedHead",
     "MomentumInterpolation",
     "OLoRA",
+    "PeriodicLoRA",
     "RWalk",
     "Reptile",
     "Rewarm",
