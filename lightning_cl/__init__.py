@@ -3,6 +3,7 @@
 from lightning_cl.__about__ import __version__
 from lightning_cl.adapters import (
     AdapterSlots,
+    InfLoRA,
     LoRAFA,
     OLoRA,
     PeriodicLoRA,
@@ -73,6 +74,7 @@ __all__ = [
     "GradientProjection",
     "HalfFineTuning",
     "ICaRL",
+    "InfLoRA",
     "L2Anchor",
     "LoRAFA",
     "LwF",

@@ -16,6 +16,9 @@ from lightning_cl.quantization.names import places
 
 __all__ = ["add_adapters"]
 
+# starts of PEFT 0.21.2 that take something from the base weight as if it was unpacked
+_READ_WEIGHTS = ("pissa", "olora", "corda", "loftq", "mica", "lora_ga", "orthogonal")
+
 
 def add_adapters(model: nn.Module, config: Any) -> Any:
     """Put adapters of PEFT into ``model``; all other weights are frozen.
@@ -35,7 +38,8 @@ def add_adapters(model: nn.Module, config: Any) -> Any:
 
     Raises:
         ValueError: If the config is none of PEFT; if the model is sharded or has adapters already; for adapters that
-            cannot start on the meta device.
+            cannot start on the meta device; for an ``init_lora_weights`` that PEFT cannot compute on packed weights, or
+            that would be plain LoRA under another name, because what it is computed from is not there.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -59,6 +63,8 @@ def add_adapters(model: nn.Module, config: Any) -> Any:
             " model is on the meta device. Load it first (`load_quantized`), then add the adapters, then shard; or use"
             " LoRA with `init_lora_weights=True` and without DoRA."
         )
+    if config.peft_type == "LORA":
+        _check_start(model, str(config.init_lora_weights).lower())
     _tell_bits(model)
     dtype = _compute_dtype(model)
     with warnings.catch_warnings():
@@ -90,6 +96,42 @@ def _config(peft: Any, config: Any) -> Any:
 
 def _starts_on_meta(config: Any) -> bool:
     return config.peft_type == "LORA" and config.init_lora_weights is True and not config.use_dora
+
+
+def _check_start(model: nn.Module, start: str) -> None:
+    """Refuse names of PEFT that fail on packed weights or give another start than they say."""
+    given = f"`init_lora_weights={start!r}`"
+    packed: Any = next((layer for _, layer in quantized_layers(model)), None)
+    # of orthogonal ones, PEFT gives the factors the dtype of the packed weight
+    unpacked = packed is None or (start == "orthogonal" and packed.weight.is_floating_point())
+    if not unpacked and start.startswith(_READ_WEIGHTS):
+        raise ValueError(
+            f"{given} takes the base weights for unpacked ones, and the model is quantized: PEFT would fail, or pack"
+            " other weights anew. Use `init_lora_weights=True`; after it, `AdapterStart('orthogonal')`, `('eva')` or"
+            " `('corda')` beside `AdapterSlots` chooses a start, and `peft.replace_lora_weights_loftq` makes up for the"
+            " error of 4 bits."
+        )
+    if start == "eva":
+        raise ValueError(
+            f"{given} starts as plain LoRA until `peft.initialize_lora_eva_weights` has read the data, which allows one"
+            " adapter and changes ranks. Use `init_lora_weights=True` with `AdapterStart('eva')` beside `AdapterSlots`,"
+            " which reads each task's own data; or call both functions of PEFT yourself, in place of `add_adapters`."
+        )
+    if start == "corda" and not any(hasattr(layer, "eigens") for layer in model.modules()):
+        raise ValueError(
+            f"{given} needs the result of `peft.tuners.lora.corda.preprocess_corda` on this model. Call that before; or"
+            " use `init_lora_weights=True` with `AdapterStart('corda')` beside `AdapterSlots`, which keeps the base."
+        )
+    if start == "lora_ga" and not any(hasattr(layer, "_peft_loraga_grad") for layer in model.modules()):
+        raise ValueError(
+            f"{given} is plain LoRA without the gradients that `peft.tuners.lora.preprocess_loraga` collects. Call that"
+            " before, or use `init_lora_weights=True`."
+        )
+    if start == "loftq" and not (torch.cuda.is_available() or torch.xpu.is_available()):
+        raise ValueError(
+            f"{given} quantizes on a GPU, and PEFT finds none here. Use `init_lora_weights=True`, or prepare the model"
+            " on a machine with one."
+        )
 
 
 def _tell_bits(model: Any) -> None:

@@ -5,11 +5,9 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
@@ -20,9 +18,9 @@ from typing_extensions import override
 from lightning_cl.callbacks.partial import PartialUpdate
 from lightning_cl.core.batches import BatchAdapter
 from lightning_cl.core.callback import ContinualCallback
-from lightning_cl.core.capture import run_step, undisturbed
 from lightning_cl.core.checks import check_choice, check_positive, select_parameters
-from lightning_cl.core.distributed import is_distributed, rank, world_size
+from lightning_cl.core.recording import Record, recording
+from lightning_cl.core.shared_work import share_out
 from lightning_cl.core.state import ParameterState, local, reshard
 from lightning_cl.core.task import Task
 from lightning_cl.core.task_data import task_batches
@@ -33,8 +31,6 @@ from lightning_cl.functional.subspaces import Subspace
 __all__ = ["Others", "Record", "SubspaceProjection", "row_offset", "spread_over_ranks"]
 
 Others = Literal["hold", "free"]
-# takes the name of a layer, its input, its output, and which positions are no padding
-Record = Callable[[str, Tensor, Tensor, Tensor | None], object]
 _Source = TypeVar("_Source")
 
 
@@ -58,6 +54,8 @@ class SubspaceProjection(ContinualCallback):
         parameters: The parameters that are projected, by name, from the start of a fit.
         anchors: :math:`W^*`, while there is something to protect.
     """
+
+    compares_weights = True
 
     def __init__(
         self,
@@ -215,28 +213,8 @@ class SubspaceProjection(ContinualCallback):
     @contextmanager
     def recording(self, pl_module: LightningModule, layers: Mapping[str, nn.Module], record: Record) -> Iterator[Any]:
         """Call ``record`` for every call of the layers inside the block; yield what runs the module on a batch."""
-        present: list[Tensor | None] = [None]
-
-        def hook(name: str, layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-            record(name, (args[0] if args else kwargs["input"]).detach(), output.detach(), present[0])
-
-        def run(batch: Any) -> None:
-            mask = self.adapter.padding_mask(batch)
-            present[0] = mask if mask is not None and mask.ndim == 2 else None
-            run_step(pl_module, batch, self.adapter)
-
-        # first of all hooks: those of FSDP2 take the weights away again
-        handles = [
-            layer.register_forward_hook(partial(hook, name), with_kwargs=True, prepend=True)
-            for name, layer in layers.items()
-        ]
-        try:
-            # the same samples whatever the task: nothing in evaluation mode is random
-            with undisturbed(pl_module, seed=0):
-                yield run
-        finally:
-            for handle in handles:
-                handle.remove()
+        with recording(pl_module, layers, record, self.adapter) as run:
+            yield run
 
     def read_task(self, trainer: Trainer, pl_module: LightningModule, run: Callable[[Any], None]) -> None:
         """Run the module on the samples of the task that ends."""
@@ -280,20 +258,4 @@ def spread_over_ranks(
     Returns:
         What was made, on the CPU: a tensor on a GPU would come to all ranks on the GPU of the one that sent it.
     """
-    made: dict[str, list[Subspace]] = {}
-    for first in range(0, len(names), world_size()):
-        group = names[first : first + world_size()]
-        # all are read before one is made, so that the ranks make theirs at the same time
-        sources = {name: source for owner, name in enumerate(group) for source in [read(name)] if owner == rank()}
-        mine = {name: [subspace.cpu() for subspace in make(name, source)] for name, source in sources.items()}
-        for owner, name in enumerate(group):
-            made[name] = _from_rank(owner, mine.get(name))
-    return made
-
-
-def _from_rank(owner: int, value: list[Subspace] | None) -> list[Subspace]:
-    box = [value]
-    if is_distributed():
-        dist.broadcast_object_list(box, src=owner)
-    assert box[0] is not None
-    return box[0]
+    return share_out(names, read, lambda name, source: [subspace.cpu() for subspace in make(name, source)])

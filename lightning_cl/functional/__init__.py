@@ -1,5 +1,6 @@
 """Pure tensor mathematics, one family of equations per file; nothing here knows Lightning."""
 
+from lightning_cl.functional.adapter_starts import least_context_rows, variance_rows
 from lightning_cl.functional.agem import agem_coefficient
 from lightning_cl.functional.asymmetric_cross_entropy import keep_classes
 from lightning_cl.functional.component_clip import clip_components_, squared_norms
@@ -10,6 +11,7 @@ from lightning_cl.functional.fisher import FisherSums, batched_fisher, empirical
 from lightning_cl.functional.gem import gem_coefficients
 from lightning_cl.functional.gpm import add_gram_, extend_basis
 from lightning_cl.functional.icarl import icarl_loss
+from lightning_cl.functional.inflora import leading_directions, memory_threshold
 from lightning_cl.functional.interference import most_interfered, virtual_step_
 from lightning_cl.functional.lorafa import orthonormal_rows
 from lightning_cl.functional.loss_spikes import loss_deviation
@@ -105,9 +107,12 @@ __all__ = [
     "icarl_loss",
     "keep_classes",
     "kth_largest",
+    "leading_directions",
     "leading_subspaces",
+    "least_context_rows",
     "logit_distance",
     "loss_deviation",
+    "memory_threshold",
     "merge_online_",
     "merge_separate_",
     "meta_gradient",
@@ -144,6 +149,7 @@ __all__ = [
     "squared_sums_by_loop",
     "train_filter",
     "unit_importance",
+    "variance_rows",
     "virtual_step_",
     "walk_score_",
 ]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import peft
 import pytest
 import torch
+from peft.tuners.lora.config import CordaConfig, LoraGAConfig
+from peft.tuners.lora.corda import preprocess_corda
 from torch import nn
 
 from lightning_cl.adapters import add_adapters
@@ -81,3 +83,89 @@ def test_second_adapters_are_refused():
     """PEFT's own call adds them, to the same model."""
     with pytest.raises(ValueError, match=r"with adapters; `PeftModel.add_adapter`"):
         add_adapters(add_adapters(tiny_llama(), LORA), LORA)
+
+
+PACKED = {
+    "nf4": {"compute_dtype": torch.float32},
+    "nf4 in bytes": {"compute_dtype": torch.float32, "storage_dtype": torch.uint8},
+    "int8": {"compute_dtype": torch.float32, "mode": "int8"},
+}
+
+
+def lora(start, **settings):
+    """A config of LoRA on the query projections."""
+    return peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=start, **settings)
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "mica"])
+@pytest.mark.parametrize("packing", PACKED.values(), ids=PACKED.keys())
+def test_starts_from_base_weights_are_refused_on_packed_ones(packing, start):
+    """PEFT fails with errors of shapes and dtypes, or packs other weights."""
+    model = quantize_base(tiny_llama(), **packing)
+    with pytest.raises(ValueError, match=r"the model is quantized.*`init_lora_weights=True`.*loftq"):
+        add_adapters(model, lora(start))
+    assert not any("lora" in name for name, _ in model.named_modules())
+
+
+def test_loftq_on_packed_weights_is_refused():
+    """They would be quantized a second time."""
+    config = lora("loftq", loftq_config=peft.LoftQConfig(loftq_bits=4))
+    with pytest.raises(ValueError, match=r"'loftq'.*the model is quantized"):
+        add_adapters(quantize_base(tiny_llama()), config)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="PEFT quantizes on the GPU that is here")
+def test_loftq_without_a_gpu_is_refused():
+    """PEFT says that torch is not compiled with CUDA."""
+    with pytest.raises(ValueError, match=r"'loftq'` quantizes on a GPU, and PEFT finds none here"):
+        add_adapters(tiny_llama(), lora("loftq", loftq_config=peft.LoftQConfig(loftq_bits=4)))
+
+
+def test_orthogonal_start_needs_packed_weights_of_a_floating_dtype():
+    """PEFT gives the factors the dtype of the packed weight."""
+    for packing in ("nf4 in bytes", "int8"):
+        with pytest.raises(ValueError, match=r"'orthogonal'.*the model is quantized"):
+            add_adapters(quantize_base(tiny_llama(), **PACKED[packing]), lora("orthogonal"))
+    model = quantize_base(tiny_llama(), **PACKED["nf4"])
+    expected = logits(model)
+    torch.testing.assert_close(logits(add_adapters(model, lora("orthogonal"))), expected)
+
+
+@pytest.mark.parametrize(
+    ("start", "settings", "message"),
+    [
+        ("eva", {"eva_config": peft.EvaConfig()}, r"plain LoRA until.*one adapter.*AdapterStart\('eva'\)"),
+        (
+            "corda",
+            {"corda_config": CordaConfig()},
+            r"preprocess_corda.*AdapterStart\('corda'\)",
+        ),
+        ("lora_ga", {"lora_ga_config": LoraGAConfig()}, "plain LoRA without the gradients"),
+    ],
+)
+def test_starts_without_what_they_are_computed_from_are_refused(start, settings, message):
+    """PEFT starts as plain LoRA and says nothing, or fails when the model is half changed."""
+    model = tiny_llama()
+    with pytest.raises(ValueError, match=message):
+        add_adapters(model, lora(start, **settings))
+    assert not any("lora" in name for name, _ in model.named_modules())
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_2", "olora", "mica", "gaussian", "orthogonal"])
+def test_starts_of_peft_on_unpacked_weights_keep_the_outputs(start):
+    """Also those that take a part out of the base weight for the one adapter."""
+    model = tiny_llama()
+    expected = logits(model)
+    torch.testing.assert_close(logits(add_adapters(model, lora(start))), expected, rtol=0, atol=1e-6)
+
+
+def test_corda_starts_after_its_own_preparation():
+    """What PEFT computed from the context is used."""
+    config = lora("corda", corda_config=CordaConfig(corda_method="kpm"))
+    model = tiny_llama()
+    expected = logits(model)
+    tokens = torch.randint(96, (64, 1, 12), generator=torch.Generator().manual_seed(0))
+    preprocess_corda(model, config, run_model=lambda: [logits(model, row) for row in tokens])
+    adapted = add_adapters(model, config)
+    assert adapted.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"].weight.norm() > 1e-4
+    torch.testing.assert_close(logits(adapted), expected, rtol=0, atol=1e-5)
