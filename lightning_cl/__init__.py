@@ -3,10 +3,14 @@
 from lightning_cl.__about__ import __version__
 from lightning_cl.adapters import (
     AdapterSlots,
+    CoDyRA,
+    CURLoRA,
+    GrowingLoRA,
     InfLoRA,
     LoRAFA,
     OLoRA,
     PeriodicLoRA,
+    SDLoRA,
 )
 from lightning_cl.callbacks import (
     AGEM,
@@ -62,6 +66,8 @@ __all__ = [
     "PCR",
     "SI",
     "AdapterSlots",
+    "CURLoRA",
+    "CoDyRA",
     "ComponentClip",
     "ContinualCallback",
     "ContinualEvaluation",
@@ -72,6 +78,7 @@ __all__ = [
     "FreezeExcept",
     "GradientMask",
     "GradientProjection",
+    "GrowingLoRA",
     "HalfFineTuning",
     "ICaRL",
     "InfLoRA",
@@ -85,6 +92,7 @@ __all__ = [
     "RWalk",
     "Reptile",
     "Rewarm",
+    "SDLoRA",
     "SalientLayers",
     "SelfRehearsal",
     "SingularSubspaceProjection",

@@ -1,11 +1,15 @@
 """Adapters of PEFT on (quantized) base models: put in before sharding, learning task after task, exported."""
 
 from lightning_cl.adapters.attach import add_adapters
+from lightning_cl.adapters.codyra import CoDyRA
+from lightning_cl.adapters.curlora import CURLoRA
 from lightning_cl.adapters.export import export
+from lightning_cl.adapters.growing_lora import GrowingLoRA
 from lightning_cl.adapters.inflora import InfLoRA
 from lightning_cl.adapters.lorafa import LoRAFA
 from lightning_cl.adapters.olora import OLoRA
 from lightning_cl.adapters.periodic_lora import PeriodicLoRA
+from lightning_cl.adapters.sd_lora import SDLoRA
 from lightning_cl.adapters.slot import Slot, SlotFactor
 from lightning_cl.adapters.slots import AdapterSlots
 from lightning_cl.adapters.starts import AdapterStart
@@ -14,10 +18,14 @@ from lightning_cl.core.adapters import adapters_disabled
 __all__ = [
     "AdapterSlots",
     "AdapterStart",
+    "CURLoRA",
+    "CoDyRA",
+    "GrowingLoRA",
     "InfLoRA",
     "LoRAFA",
     "OLoRA",
     "PeriodicLoRA",
+    "SDLoRA",
     "Slot",
     "SlotFactor",
     "adapters_disabled",

@@ -16,8 +16,9 @@ from typing_extensions import override
 
 from lightning_cl.core.checks import check_choice
 from lightning_cl.core.stream import CountedStream, TaskStream
+from lightning_cl.core.task import Task
 
-__all__ = ["Schedule", "TaskScheduler", "set_rates", "task_scheduler"]
+__all__ = ["Schedule", "TaskScheduler", "set_rates", "steps_of_task", "task_scheduler"]
 
 
 @dataclass(frozen=True)
@@ -191,6 +192,29 @@ def task_scheduler(
     done = sum(steps[: stream.task_of_epoch(trainer.current_epoch).index])
     apart = schedule.rewarm and not stream.hides_boundaries
     return TaskScheduler(optimizer, schedule, steps if apart else [sum(steps)], done=done)
+
+
+def steps_of_task(trainer: Trainer, task: Task, user: object) -> int:
+    """Return the optimizer steps of a task that starts.
+
+    Args:
+        trainer: The running Trainer; without a stream its fit is the task.
+        task: The task.
+        user: The callback, for errors.
+
+    Raises:
+        ValueError: If the number of steps is unknown, because neither a stream nor the Trainer limits them.
+    """
+    stream = trainer.datamodule  # type: ignore[attr-defined]
+    if isinstance(stream, TaskStream) and isinstance(stream, CountedStream):
+        epochs, batches = stream.epochs_and_batches()[task.index]
+        return epochs * math.ceil(_limited(batches, trainer.limit_train_batches) / trainer.accumulate_grad_batches)
+    if trainer.estimated_stepping_batches == math.inf:
+        raise ValueError(
+            f"`{type(user).__name__}` needs to know how many steps the task has: set `max_epochs` or `max_steps` of the"
+            " Trainer, or give the data as a `TaskStreamDataModule`."
+        )
+    return max(_steps_left(trainer), 1)
 
 
 def _steps_left(trainer: Trainer) -> int:

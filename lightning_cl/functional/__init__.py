@@ -3,7 +3,9 @@
 from lightning_cl.functional.adapter_starts import least_context_rows, variance_rows
 from lightning_cl.functional.agem import agem_coefficient
 from lightning_cl.functional.asymmetric_cross_entropy import keep_classes
+from lightning_cl.functional.codyra import soft_threshold_, surviving_factors, threshold_at
 from lightning_cl.functional.component_clip import clip_components_, squared_norms
+from lightning_cl.functional.curlora import inverted_probabilities, sample_columns_and_rows
 from lightning_cl.functional.dark_experience import compared_logits, logit_distance, pad_logits
 from lightning_cl.functional.distillation import distillation_loss, feature_distance
 from lightning_cl.functional.ewc import merge_online_, merge_separate_
@@ -31,6 +33,7 @@ from lightning_cl.functional.proxy_contrastive import (
     sample_proxy_contrastive_loss,
 )
 from lightning_cl.functional.quadratic import quadratic_gradient_, quadratic_penalty
+from lightning_cl.functional.rank_growth import add_sketch_, leading_directions_outside, num_probes, probes
 from lightning_cl.functional.references import add_references_, gram_matrix, reference_products
 from lightning_cl.functional.reptile import meta_gradient, reptile_
 from lightning_cl.functional.rwalk import (
@@ -47,6 +50,7 @@ from lightning_cl.functional.sample_loop import (
     absolute_sums_by_loop,
     squared_sums_by_loop,
 )
+from lightning_cl.functional.sd_lora import direction_and_magnitude, fit_direction
 from lightning_cl.functional.self_rehearsal import find_answers, replace_answers
 from lightning_cl.functional.sharding import UnshardedWeights
 from lightning_cl.functional.singular_subspaces import (
@@ -80,6 +84,7 @@ __all__ = [
     "add_gram_",
     "add_references_",
     "add_similarity_",
+    "add_sketch_",
     "add_squares_",
     "agem_coefficient",
     "annealing_scale",
@@ -91,6 +96,7 @@ __all__ = [
     "compared_logits",
     "complement_basis",
     "direction",
+    "direction_and_magnitude",
     "distillation_loss",
     "empirical_fisher",
     "euclidean_norms",
@@ -99,15 +105,18 @@ __all__ = [
     "feature_distance",
     "feature_sums",
     "find_answers",
+    "fit_direction",
     "gem_coefficients",
     "gradient_factor",
     "gram_matrix",
     "half_of_each",
     "hold_gradient_",
     "icarl_loss",
+    "inverted_probabilities",
     "keep_classes",
     "kth_largest",
     "leading_directions",
+    "leading_directions_outside",
     "leading_subspaces",
     "least_context_rows",
     "logit_distance",
@@ -122,6 +131,7 @@ __all__ = [
     "nearest_mean_scores",
     "norm_factors_",
     "normalised_importance",
+    "num_probes",
     "orthogonality_gradient_",
     "orthogonality_penalty",
     "orthonormal_rows",
@@ -129,6 +139,7 @@ __all__ = [
     "pad_logits",
     "path_importance_",
     "path_integral_",
+    "probes",
     "projected_gradient",
     "protected_rank",
     "proxy_contrastive_loss",
@@ -140,13 +151,17 @@ __all__ = [
     "replace_answers",
     "reptile_",
     "rwalk_importance",
+    "sample_columns_and_rows",
     "sample_distillation",
     "sample_proxy_contrastive_loss",
     "sampled_fisher",
     "scale_update_",
+    "soft_threshold_",
     "spike_thresholds_",
     "squared_norms",
     "squared_sums_by_loop",
+    "surviving_factors",
+    "threshold_at",
     "train_filter",
     "unit_importance",
     "variance_rows",
