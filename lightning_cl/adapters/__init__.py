@@ -2,7 +2,9 @@
 
 from lightning_cl.adapters.attach import add_adapters
 from lightning_cl.adapters.codyra import CoDyRA
+from lightning_cl.adapters.color import CoLoR
 from lightning_cl.adapters.curlora import CURLoRA
+from lightning_cl.adapters.dynamic_conpet import DynamicConPET
 from lightning_cl.adapters.export import export
 from lightning_cl.adapters.growing_lora import GrowingLoRA
 from lightning_cl.adapters.inflora import InfLoRA
@@ -13,6 +15,7 @@ from lightning_cl.adapters.sd_lora import SDLoRA
 from lightning_cl.adapters.slot import Slot, SlotFactor
 from lightning_cl.adapters.slots import AdapterSlots
 from lightning_cl.adapters.starts import AdapterStart
+from lightning_cl.adapters.static_conpet import StaticConPET
 from lightning_cl.core.adapters import adapters_disabled
 
 __all__ = [
@@ -20,6 +23,8 @@ __all__ = [
     "AdapterStart",
     "CURLoRA",
     "CoDyRA",
+    "CoLoR",
+    "DynamicConPET",
     "GrowingLoRA",
     "InfLoRA",
     "LoRAFA",
@@ -28,6 +33,7 @@ __all__ = [
     "SDLoRA",
     "Slot",
     "SlotFactor",
+    "StaticConPET",
     "adapters_disabled",
     "add_adapters",
     "export",

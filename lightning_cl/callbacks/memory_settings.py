@@ -11,14 +11,12 @@ from typing_extensions import TypedDict
 from lightning_cl.core.batches import BatchAdapter
 from lightning_cl.memory import Policy, Recall
 
-__all__ = ["MemorySettings", "StorageSettings"]
+__all__ = ["KeepingSettings", "MemorySettings", "StorageSettings"]
 
 
-class StorageSettings(TypedDict, total=False):
-    """Settings of :class:`StoredSamples` that its subclasses take as they are."""
+class KeepingSettings(TypedDict, total=False):
+    """Settings of :class:`StoredSamples` for how samples are kept, and not for what comes back."""
 
-    batch_size: int | None
-    recall: str | Recall
     storage: Literal["memory", "mmap", "index"]
     directory: str | Path | None
     in_memory: int | str
@@ -26,6 +24,13 @@ class StorageSettings(TypedDict, total=False):
     transform: Callable[[Any], Any] | None
     batch_adapter: BatchAdapter | None
     seed: int
+
+
+class StorageSettings(KeepingSettings, total=False):
+    """Settings of :class:`StoredSamples` that its subclasses take as they are."""
+
+    batch_size: int | None
+    recall: str | Recall
 
 
 class MemorySettings(StorageSettings, total=False):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ __all__ = [
     "forward_step",
     "metrics_kept",
     "move_batch",
+    "run_evaluation_step",
     "run_step",
     "silenced",
     "undisturbed",
@@ -284,6 +286,17 @@ def run_step(pl_module: LightningModule, batch: Any, adapter: BatchAdapter) -> T
         else:
             pl_module(inputs)
     return None
+
+
+def run_evaluation_step(
+    pl_module: LightningModule, name: str, batch: Any, batch_idx: int = 0, dataloader_idx: int = 0
+) -> Any:
+    """Run the module's own ``validation_step``, ``test_step`` or ``predict_step`` so that captures see it."""
+    step = getattr(pl_module, name)
+    arguments = {"batch_idx": batch_idx, "dataloader_idx": dataloader_idx}
+    taken = {key: value for key, value in arguments.items() if is_param_in_hook_signature(step, key, explicit=True)}
+    with _default_dtype_of_training(pl_module):
+        return run_in_forward(pl_module, partial(step, **taken), own_mapping(batch))
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from lightning_cl.functional.nearest_mean import class_means, feature_sums, near
 from lightning_cl.functional.olora import orthogonality_gradient_, orthogonality_penalty
 from lightning_cl.functional.path_integral import path_importance_, path_integral_
 from lightning_cl.functional.per_sample import LayerTape
+from lightning_cl.functional.prototypes import k_means, prototype_distances
 from lightning_cl.functional.proxy_contrastive import (
     gradient_factor,
     proxy_contrastive_loss,
@@ -36,6 +37,7 @@ from lightning_cl.functional.quadratic import quadratic_gradient_, quadratic_pen
 from lightning_cl.functional.rank_growth import add_sketch_, leading_directions_outside, num_probes, probes
 from lightning_cl.functional.references import add_references_, gram_matrix, reference_products
 from lightning_cl.functional.reptile import meta_gradient, reptile_
+from lightning_cl.functional.routing import pooled_features, rank_masks, scores_of_tasks
 from lightning_cl.functional.rwalk import (
     add_squares_,
     average_score_,
@@ -69,6 +71,7 @@ from lightning_cl.functional.stable_spam import (
 )
 from lightning_cl.functional.subspaces import Subspace, complement_basis
 from lightning_cl.functional.task_filters import train_filter
+from lightning_cl.functional.task_selector import train_selector
 
 __all__ = [
     "AbsoluteGradients",
@@ -113,6 +116,7 @@ __all__ = [
     "hold_gradient_",
     "icarl_loss",
     "inverted_probabilities",
+    "k_means",
     "keep_classes",
     "kth_largest",
     "leading_directions",
@@ -139,14 +143,17 @@ __all__ = [
     "pad_logits",
     "path_importance_",
     "path_integral_",
+    "pooled_features",
     "probes",
     "projected_gradient",
     "protected_rank",
+    "prototype_distances",
     "proxy_contrastive_loss",
     "proxy_distillation",
     "proxy_similarities",
     "quadratic_gradient_",
     "quadratic_penalty",
+    "rank_masks",
     "reference_products",
     "replace_answers",
     "reptile_",
@@ -156,6 +163,7 @@ __all__ = [
     "sample_proxy_contrastive_loss",
     "sampled_fisher",
     "scale_update_",
+    "scores_of_tasks",
     "soft_threshold_",
     "spike_thresholds_",
     "squared_norms",
@@ -163,6 +171,7 @@ __all__ = [
     "surviving_factors",
     "threshold_at",
     "train_filter",
+    "train_selector",
     "unit_importance",
     "variance_rows",
     "virtual_step_",

@@ -12,7 +12,7 @@ from lightning_cl.memory.policies import (
     Ring,
     TaskEndPolicy,
 )
-from lightning_cl.memory.recall import Collateral, PowerLaw, Recall, Uniform, ViewBatch
+from lightning_cl.memory.recall import Collateral, PowerLaw, Recall, TaskUniform, Uniform, ViewBatch
 from lightning_cl.memory.samples import Drawn, Samples
 from lightning_cl.memory.storage import Columns, IndexStorage, MemoryStorage, MmapStorage, Storage
 
@@ -36,6 +36,7 @@ __all__ = [
     "Samples",
     "Storage",
     "TaskEndPolicy",
+    "TaskUniform",
     "Uniform",
     "ViewBatch",
     "payload_bytes",

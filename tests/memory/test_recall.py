@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_cl.memory import Collateral, Drawn, PowerLaw, Recall, ReplayBuffer, Uniform, ViewBatch
+from lightning_cl.memory import Collateral, Drawn, PowerLaw, Recall, ReplayBuffer, TaskUniform, Uniform, ViewBatch
 from lightning_cl.memory.recall import distinct, weighted
 
 Buffers = list[ReplayBuffer]
@@ -245,6 +245,35 @@ def test_groups_follow_evictions_and_purges(recall: Recall) -> None:
             ]
         assert groups.counts.tolist() == np.bincount(groups.values, minlength=len(groups.counts)).tolist()
         assert [ids_of(buffer, 4, s, task=4) for s in range(9)] == [ids_of(other, 4, s, task=4) for s in range(9)]
+
+
+# ---------------------------------------------------------------------- uniform over tasks
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_tasks_are_as_likely_whatever_is_kept_of_them(world_size: int) -> None:
+    """In task 3, one sample a draw: a third of each earlier task, alike within; none of the running one."""
+    draws = 2000
+    buffers = team("task_uniform", [40, 4, 20, 30], world_size=world_size)
+    found = Counter(i for step in range(draws) for buffer in buffers for i in ids_of(buffer, 1, step, task=3))
+    parts = [sum(found[i] for i in part) for part in (range(40), range(40, 44), range(44, 64))]
+    within_chance(parts, [draws * world_size / 3] * 3)
+    within_chance([found[i] for i in range(40)], [parts[0] / 40] * 40)
+    assert not any(found[i] for i in range(64, 94)), "the running task is in the incoming batches"
+
+
+def test_uniform_over_the_given_tasks() -> None:
+    """Two of three earlier ones, after the memory has let samples go; all of them where there are too few."""
+    (buffer,) = team("task_uniform", [30, 30, 30, 6], capacity=40)
+    found: Counter[int] = Counter()
+    for step in range(1000):
+        drawn = buffer.draw(1, step=step, task=3, tasks=[0, 2])
+        assert drawn is not None
+        found.update(drawn.tasks.tolist())
+    within_chance([found[0], found[2]], [500.0, 500.0])
+    everything = buffer.draw(99, step=0, task=3, tasks=[0, 1])
+    assert everything is not None
+    assert sorted(everything.sample_ids.tolist()) == sorted(buffer.sample_ids[buffer.tasks < 2].tolist())
 
 
 # ---------------------------------------------------------------------- view batch
@@ -552,6 +581,7 @@ def test_a_purge_forgets_what_was_counted() -> None:
 SCHEDULES: dict[str, Callable[[], Recall]] = {
     "uniform": Uniform,
     "power_law": PowerLaw,
+    "task_uniform": TaskUniform,
     "view_batch": ViewBatch,
     "collateral": Collateral,
 }

@@ -1,0 +1,88 @@
+"""A head of its own for each task, where one trains beside the adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.functional import linear
+
+from lightning_cl.adapters.slot import Slot
+from lightning_cl.core.state import reshard
+
+__all__ = ["TaskHeads"]
+
+
+class TaskHeads:
+    """Keeps the weights that one linear layer had at the end of each task, and computes with them.
+
+    Attributes:
+        name: The layer, ``None`` if nothing trains beside the adapters.
+    """
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self._weights: list[dict[str, Tensor]] = []
+
+    def find(self, pl_module: LightningModule, slots: Iterable[Slot], user: str) -> None:
+        """Find the layer.
+
+        Raises:
+            ValueError: If other parameters train beside the slots.
+        """
+        ours = {id(p) for slot in slots for name in (slot.current, slot.past) for p in slot.parameters(name).values()}
+        beside = [name for name, p in pl_module.named_parameters() if p.requires_grad and id(p) not in ours]
+        owners = {name.rpartition(".")[0] for name in beside}
+        self.name = owners.pop() if len(owners) == 1 else None
+        if beside and (self.name is None or not isinstance(pl_module.get_submodule(self.name), nn.Linear)):
+            raise ValueError(
+                f"`{user}` keeps an adapter and one linear layer, such as the head, for each task, but {beside[:4]}"
+                " train as well: what later tasks make of them would change the earlier ones. Freeze them, or adapt"
+                " them too."
+            )
+
+    def keep(self, pl_module: LightningModule, task: int) -> None:
+        """Keep the layer as it is at the end of a task; all ranks must call this."""
+        if self.name is not None:
+            reshard(pl_module)
+            layer = pl_module.get_submodule(self.name)
+            self._weights[task:] = [{name: _whole(parameter) for name, parameter in layer.named_parameters()}]
+
+    def put_in_place(self, pl_module: LightningModule, tasks: list[Tensor]) -> Any:
+        """Let each sample have the head of its task, by the handle of a hook.
+
+        Args:
+            pl_module: The user's module.
+            tasks: Holds the tasks int64 [B] of the forward that comes, and may hold others for the next. Those without
+                a kept head have the present one.
+        """
+
+        def own(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+            changed = output.clone()
+            for task, weights in enumerate(self._weights):
+                rows = tasks[0] == task
+                bias = weights["bias"].to(output) if "bias" in weights else None
+                changed[rows] = linear(inputs[0][rows], weights["weight"].to(output), bias)
+            return changed
+
+        if self.name is None:
+            return None
+        # in front of the hook of FSDP2, which takes the weights away
+        return pl_module.get_submodule(self.name).register_forward_hook(own, prepend=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the name, and the weights of each task."""
+        return {"name": self.name, "weights": [dict(weights) for weights in self._weights]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take what :meth:`state_dict` returned."""
+        self.name, self._weights = state["name"], list(state["weights"])
+
+
+@torch.no_grad()
+def _whole(parameter: Tensor) -> Tensor:
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.clone()
