@@ -11,6 +11,11 @@ from lightning_cl.adapters.inflora import InfLoRA
 from lightning_cl.adapters.lorafa import LoRAFA
 from lightning_cl.adapters.olora import OLoRA
 from lightning_cl.adapters.periodic_lora import PeriodicLoRA
+from lightning_cl.adapters.prompt_coda import CODAPrompt
+from lightning_cl.adapters.prompt_dual import DualPrompt
+from lightning_cl.adapters.prompt_l2p import L2P
+from lightning_cl.adapters.prompt_progressive import ProgressivePrompts
+from lightning_cl.adapters.prompt_s import SPrompts
 from lightning_cl.adapters.sd_lora import SDLoRA
 from lightning_cl.adapters.slot import Slot, SlotFactor
 from lightning_cl.adapters.slots import AdapterSlots
@@ -19,18 +24,23 @@ from lightning_cl.adapters.static_conpet import StaticConPET
 from lightning_cl.core.adapters import adapters_disabled
 
 __all__ = [
+    "L2P",
     "AdapterSlots",
     "AdapterStart",
+    "CODAPrompt",
     "CURLoRA",
     "CoDyRA",
     "CoLoR",
+    "DualPrompt",
     "DynamicConPET",
     "GrowingLoRA",
     "InfLoRA",
     "LoRAFA",
     "OLoRA",
     "PeriodicLoRA",
+    "ProgressivePrompts",
     "SDLoRA",
+    "SPrompts",
     "Slot",
     "SlotFactor",
     "StaticConPET",

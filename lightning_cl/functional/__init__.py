@@ -24,6 +24,14 @@ from lightning_cl.functional.nearest_mean import class_means, feature_sums, near
 from lightning_cl.functional.olora import orthogonality_gradient_, orthogonality_penalty
 from lightning_cl.functional.path_integral import path_importance_, path_integral_
 from lightning_cl.functional.per_sample import LayerTape
+from lightning_cl.functional.prompts import (
+    component_weights,
+    key_distance,
+    key_similarities,
+    orthonormalise_,
+    prompt_orthogonality,
+    selection_penalty,
+)
 from lightning_cl.functional.prototypes import k_means, prototype_distances
 from lightning_cl.functional.proxy_contrastive import (
     gradient_factor,
@@ -98,6 +106,7 @@ __all__ = [
     "clip_to_thresholds_",
     "compared_logits",
     "complement_basis",
+    "component_weights",
     "direction",
     "direction_and_magnitude",
     "distillation_loss",
@@ -118,6 +127,8 @@ __all__ = [
     "inverted_probabilities",
     "k_means",
     "keep_classes",
+    "key_distance",
+    "key_similarities",
     "kth_largest",
     "leading_directions",
     "leading_directions_outside",
@@ -139,6 +150,7 @@ __all__ = [
     "orthogonality_gradient_",
     "orthogonality_penalty",
     "orthonormal_rows",
+    "orthonormalise_",
     "output_sensitivity",
     "pad_logits",
     "path_importance_",
@@ -146,6 +158,7 @@ __all__ = [
     "pooled_features",
     "probes",
     "projected_gradient",
+    "prompt_orthogonality",
     "protected_rank",
     "prototype_distances",
     "proxy_contrastive_loss",
@@ -164,6 +177,7 @@ __all__ = [
     "sampled_fisher",
     "scale_update_",
     "scores_of_tasks",
+    "selection_penalty",
     "soft_threshold_",
     "spike_thresholds_",
     "squared_norms",
