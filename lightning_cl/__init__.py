@@ -58,7 +58,7 @@ from lightning_cl.callbacks import (
 )
 from lightning_cl.core import ContinualCallback, Task
 from lightning_cl.datamodules import TaskStreamDataModule
-from lightning_cl.mixins import MaskedHead
+from lightning_cl.mixins import IncrementalHead, MaskedHead
 from lightning_cl.strategies import FSDP2Strategy
 
 __all__ = [
@@ -94,6 +94,7 @@ __all__ = [
     "GrowingLoRA",
     "HalfFineTuning",
     "ICaRL",
+    "IncrementalHead",
     "InfLoRA",
     "L2Anchor",
     "LoRAFA",

@@ -5,6 +5,7 @@ from lightning_cl.functional.agem import agem_coefficient
 from lightning_cl.functional.asymmetric_cross_entropy import keep_classes
 from lightning_cl.functional.codyra import soft_threshold_, surviving_factors, threshold_at
 from lightning_cl.functional.component_clip import clip_components_, squared_norms
+from lightning_cl.functional.cosine_head import cosine_scores
 from lightning_cl.functional.curlora import inverted_probabilities, sample_columns_and_rows
 from lightning_cl.functional.dark_experience import compared_logits, logit_distance, pad_logits
 from lightning_cl.functional.distillation import distillation_loss, feature_distance
@@ -107,6 +108,7 @@ __all__ = [
     "compared_logits",
     "complement_basis",
     "component_weights",
+    "cosine_scores",
     "direction",
     "direction_and_magnitude",
     "distillation_loss",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-__all__ = ["MASKED_SCORE", "all_masked"]
+__all__ = ["MASKED_SCORE", "all_masked", "mask_scores"]
 
 MASKED_SCORE = -1e3
 """A class score of this or less is one that a mask has put there."""
@@ -21,3 +22,16 @@ def all_masked(scores: Tensor, columns: Tensor) -> bool:
     """
     compared = scores.detach()[:, columns]
     return compared.numel() > 0 and bool((compared <= MASKED_SCORE).all())
+
+
+def mask_scores(scores: Tensor, allowed: Tensor) -> Tensor:
+    """Return class scores [..., C] with a very negative value where ``allowed``, bool [C], is not set.
+
+    Far from the limits of the dtype, so that a loss over a few masked labels is large but neither NaN nor infinite.
+
+    Example:
+        >>> import torch
+        >>> mask_scores(torch.zeros(1, 3), torch.tensor([True, False, True])).softmax(-1)
+        tensor([[0.5000, 0.0000, 0.5000]])
+    """
+    return scores.masked_fill(~allowed, max(-1e9, torch.finfo(scores.dtype).min / 8))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_cl.core.task import Task
+from lightning_cl.functional.masked_scores import mask_scores
 
 __all__ = ["MaskedHead"]
 
@@ -33,9 +34,7 @@ class MaskedHead:
     current_task: Task | None = None
 
     def mask_logits(self, logits: Tensor) -> Tensor:
-        """Return ``logits`` [..., C] with a very negative value at classes that are masked.
-
-        Far from the limits of the dtype, so that a loss over a few masked labels is large but neither NaN nor infinite.
+        """Return ``logits`` [..., C] with a very negative value at classes that are masked, but none that is infinite.
 
         Raises:
             ValueError: If the task has a class outside the head, or ``head_mask`` is unknown.
@@ -50,4 +49,4 @@ class MaskedHead:
             raise ValueError(f"{task} has class {max(classes)}, but the head has {logits.shape[-1]} outputs.")
         allowed = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
         allowed[list(classes)] = True
-        return logits.masked_fill(~allowed, max(-1e9, torch.finfo(logits.dtype).min / 8))
+        return mask_scores(logits, allowed)
