@@ -4,6 +4,7 @@ from lightning_cl.__about__ import __version__
 from lightning_cl.adapters import (
     L2P,
     AdapterSlots,
+    BlockExpansion,
     CODAPrompt,
     CoDyRA,
     CoLoR,
@@ -75,6 +76,7 @@ __all__ = [
     "PCR",
     "SI",
     "AdapterSlots",
+    "BlockExpansion",
     "CODAPrompt",
     "CURLoRA",
     "CoDyRA",

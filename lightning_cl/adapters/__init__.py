@@ -1,6 +1,8 @@
 """Adapters of PEFT on (quantized) base models: put in before sharding, learning task after task, exported."""
 
 from lightning_cl.adapters.attach import add_adapters
+from lightning_cl.adapters.block_expansion import BlockExpansion
+from lightning_cl.adapters.blocks import insert_blocks, inserted_blocks
 from lightning_cl.adapters.codyra import CoDyRA
 from lightning_cl.adapters.color import CoLoR
 from lightning_cl.adapters.curlora import CURLoRA
@@ -27,6 +29,7 @@ __all__ = [
     "L2P",
     "AdapterSlots",
     "AdapterStart",
+    "BlockExpansion",
     "CODAPrompt",
     "CURLoRA",
     "CoDyRA",
@@ -47,4 +50,6 @@ __all__ = [
     "adapters_disabled",
     "add_adapters",
     "export",
+    "insert_blocks",
+    "inserted_blocks",
 ]
