@@ -14,6 +14,7 @@ from lightning_cl.callbacks.gradient_mask import GradientMask
 from lightning_cl.callbacks.gradient_projection import GradientProjection
 from lightning_cl.callbacks.half_fine_tuning import HalfFineTuning
 from lightning_cl.callbacks.icarl import ICaRL
+from lightning_cl.callbacks.ilora import ILoRA
 from lightning_cl.callbacks.judges import ExactMatch
 from lightning_cl.callbacks.l2_anchor import L2Anchor
 from lightning_cl.callbacks.lwf import LwF
@@ -61,6 +62,7 @@ __all__ = [
     "GradientProjection",
     "HalfFineTuning",
     "ICaRL",
+    "ILoRA",
     "L2Anchor",
     "LwF",
     "MomentumInterpolation",
