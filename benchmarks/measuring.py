@@ -82,14 +82,19 @@ def with_verdicts(rows: list[Any]) -> list[dict[str, Any]]:
     return [asdict(row) | {"verdict": row.verdict} for row in rows]
 
 
-def write(path: Path, **tables: list[Any]) -> None:
-    """Keep tables of dataclasses with a verdict, and the versions that they were measured with."""
-    record = {
+def conditions(*packages: str) -> dict[str, Any]:
+    """Return when and with what something is measured, with the versions of further packages."""
+    return {
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": {name: version(name) for name in ("torch", "lightning", "lightning-cl")},
+        "versions": {name: version(name) for name in ("torch", "lightning", "lightning-cl", *packages)},
         "python": platform.python_version(),
         "processor": platform.machine(),
         "threads": torch.get_num_threads(),
-    } | {name: with_verdicts(rows) for name, rows in tables.items()}
+    }
+
+
+def write(path: Path, *packages: str, **tables: list[Any]) -> None:
+    """Keep tables of dataclasses with a verdict, and the conditions that they were measured in."""
+    record = conditions(*packages) | {name: with_verdicts(rows) for name, rows in tables.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=2) + "\n")

@@ -87,6 +87,7 @@ CASES = {
     "gradient-projection": Case({}, 1.5, grows="bases, up to the width of each layer"),
     "hft": Case({}, 1.05),
     "icarl": Case({"capacity": 192}, beside="backward", of_workload=DRAW),
+    "i-lora": Case({"capacity": 192}, beside="backward", of_workload=DRAW),
     "l2": Case({"strength": 1.0}, 1.15),
     "lwf": Case({}, 1.05, "forward"),
     "mas": Case({"strength": 1.0}, 1.15),
@@ -101,9 +102,26 @@ CASES = {
     "si": Case({"strength": 1.0}, 1.25),
     "singular-subspaces": Case({}, 1.5, grows="protected directions, up to the width of each layer"),
     "soft-mask": Case({}, 1.05),
+    # draws as much as a batch holds
+    "static-conpet": Case({"capacity": 192}, beside="backward"),
 }
-# generates text before a task: no step of a classifier; is measured by `optimizers.py`, around AdamW
-WITHOUT = ("self-rehearsal", "spike-aware")
+# these work on the LoRA adapters of a PEFT model, and `adapter_cost.py` measures steps with slots
+ON_ADAPTERS = (
+    "codyra",
+    "color",
+    "curlora",
+    "dynamic-conpet",
+    "growing-lora",
+    "lora-fa",
+    "o-lora",
+    "periodic-lora",
+    "sd-lora",
+)
+# prompts go in front of tokens, which the workloads have not
+PROMPTS = ("coda-prompt", "dual-prompt", "l2p", "progressive-prompts", "s-prompts")
+# generates text before a task, or trains blocks of a language model: no step of a classifier; is measured by
+# `optimizers.py`, around AdamW
+WITHOUT = ("self-rehearsal", "block-expansion", "spike-aware", *ON_ADAPTERS, *PROMPTS)
 
 
 # ---------------------------------------------------------------------- a step
