@@ -4,6 +4,8 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 # e.g. PYTEST_ARGS="tests/callbacks -k ewc"
 PYTEST_ARGS ?=
+# processes that share the tests; of distributed ones each has two more
+JOBS ?= 2
 
 PY := $(VENV)/bin/python
 # torch must come from the constraints: an open range may bring another build of several gigabytes
@@ -20,11 +22,11 @@ demo: $(VENV)/run.stamp  ## learn five tasks with and without forgetting, and wr
 		--methods finetune,ewc,er,joint --seeds 3 --jobs 2 --output runs/demo
 
 test: lint  ## ruff, mypy, doctests and tests
-	OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 test-oldest:  ## the tests on the oldest versions that pyproject.toml claims
 	$(MAKE) $(VENV)-oldest/dev.stamp VENV=$(VENV)-oldest CONSTRAINTS=constraints-oldest.txt
-	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 lint: $(VENV)/dev.stamp  ## ruff and mypy
 	$(PY) -m ruff check .
