@@ -289,6 +289,27 @@ def test_plan_follows_the_strategy(strategy: Any, ranks: int, tmp_path: Path) ->
 
 
 @pytest.mark.distributed
+def test_what_a_callback_adds_to_the_module_counts(tmp_path: Path) -> None:
+    """Both slots of adapters are weights, of which one trains."""
+    pytest.importorskip("bitsandbytes")
+    slots = {"class_path": "AdapterSlots", "init_args": {"capacity": 32}}
+    path = config(tmp_path / "run.yaml", callbacks=[slots], **QUANTIZED)
+    result = plan(path, devices=2)
+    planned, parts = result["host"], in_own_processes(path, 2)["parts"]
+    weights = [planned.get(name, 0) for name in ("weights", "quantized weights", "adapters")]
+    assert sum(weights) == parts["parameters"]
+    assert [planned[name] for name in ("gradients", "optimizer")] == [
+        parts[name] for name in ("gradients", "optimizer")
+    ]
+    # and without them there is less
+    assert sum(weights) > sum(
+        plan(config(tmp_path / "one.yaml", callbacks=[], **QUANTIZED), devices=2)["host"].get(name, 0)
+        for name in ("weights", "quantized weights", "adapters")
+    )
+    assert not result["notes"]
+
+
+@pytest.mark.distributed
 def test_a_task_end_that_takes_more_than_a_step_counts(tmp_path: Path) -> None:
     """EWC keeps the gradients of all layers' outputs while it squares them; without replay no step takes as much."""
     path = config(tmp_path / "run.yaml", callbacks=[{"class_path": "EWC", "init_args": {"strength": 1.0}}])
