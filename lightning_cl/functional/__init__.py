@@ -80,7 +80,7 @@ from lightning_cl.functional.stable_spam import (
 )
 from lightning_cl.functional.subspaces import Subspace, complement_basis
 from lightning_cl.functional.task_filters import train_filter
-from lightning_cl.functional.task_selector import train_selector
+from lightning_cl.functional.task_selector import likeliest_tasks, train_selector
 
 __all__ = [
     "AbsoluteGradients",
@@ -136,6 +136,7 @@ __all__ = [
     "leading_directions_outside",
     "leading_subspaces",
     "least_context_rows",
+    "likeliest_tasks",
     "logit_distance",
     "loss_deviation",
     "memory_threshold",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -49,8 +50,8 @@ def reset_state(optimizer: Optimizer, parameters: Iterable[Parameter] | None = N
     for parameter in parameters:
         state = optimizer.state.get(parameter, {})
         if keeps_zeros and state.keys() <= _FROM_ZERO and all(isinstance(value, Tensor) for value in state.values()):
-            # not an empty state, which torch fills by a step of its own as soon as a sharded checkpoint is written
-            for value in state.values():
-                value.zero_()
+            # not an empty state, which torch fills by a step of its own as soon as a sharded checkpoint is written; and
+            # new tensors, by which those who follow the clock see that it was set back
+            state.update({key: torch.zeros_like(value) for key, value in state.items()})
         else:
             optimizer.state.pop(parameter, None)

@@ -33,6 +33,7 @@ from lightning_cl.strategies.frozen import BASE, FrozenBase, check_base
 from lightning_cl.strategies.root import RootForward
 from lightning_cl.strategies.sharding import WrapPolicy, find_blocks, is_sharded
 from lightning_cl.strategies.state import (
+    check_number_of_optimizers,
     full_model_state,
     load_full_model_state,
     load_full_optimizer_state,
@@ -330,14 +331,16 @@ class FSDP2Strategy(ModelParallelStrategy):
             )
         path = self.broadcast(filepath)
         checkpoint[BASE] = self._left_out
+        states = checkpoint.get("optimizer_states", ())
+        # other ranks than the first have none for a file
+        checkpoint[_STATELESS] = [stateless_parameters(state) for state in states if state]
         if not self.saves_shards:
             write_file(path, checkpoint)
             return
         tensors = {"state_dict": checkpoint.pop("state_dict")}
-        states = checkpoint.pop("optimizer_states", ())
+        checkpoint.pop("optimizer_states", None)
         for index, state in enumerate(states):
             tensors[f"optimizer_{index}"] = state
-        checkpoint[_STATELESS] = [stateless_parameters(state) for state in states]
         write_folder(path, tensors, checkpoint, asynchronous=self.async_checkpoint)
 
     @override
@@ -356,13 +359,17 @@ class FSDP2Strategy(ModelParallelStrategy):
         if path.is_file():
             load_full_model_state(self.model, checkpoint.pop("state_dict"), strict=strict, left_out=set(left_out))
             # an evaluation has no optimizers
-            for optimizer, saved in zip(optimizers, checkpoint.get("optimizer_states", ()), strict=bool(optimizers)):
-                load_full_optimizer_state(self.model, optimizer, saved)
+            states = checkpoint.get("optimizer_states", ())
+            check_number_of_optimizers(optimizers, states)
+            without = checkpoint.pop(_STATELESS, [None] * len(states))
+            for optimizer, saved, lacks in zip(optimizers, states, without, strict=False):
+                load_full_optimizer_state(self.model, optimizer, saved, lacks)
             return checkpoint
         weights = {name: value for name, value in model_state(self.model).items() if name not in left_out}
         into: dict[str, Any] = {"state_dict": weights}
         # what an older release wrote has state of all
         stateless = checkpoint.pop(_STATELESS, [()] * len(optimizers))
+        check_number_of_optimizers(optimizers, stateless)
         for index, optimizer in enumerate(optimizers):
             into[f"optimizer_{index}"] = optimizer_template(self.model, optimizer, stateless[index])
         read_tensors(path, into)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from lightning_cl.core.state import local, shard
 
 __all__ = [
+    "check_number_of_optimizers",
     "full_model_state",
     "load_full_model_state",
     "load_full_optimizer_state",
@@ -113,14 +114,14 @@ def optimizer_template(module: nn.Module, optimizer: Optimizer, stateless: Colle
     return {**found, "state": {name: values for name, values in found["state"].items() if name not in stateless}}
 
 
-def stateless_parameters(state: Mapping[str, Any]) -> list[str]:
-    """Return the names of the parameters that :func:`optimizer_state` found no state of, as where it was reset."""
+def stateless_parameters(state: Mapping[str, Any]) -> list[Any]:
+    """Return the names, or numbers, of the parameters that a state dict has no state of, as where it was reset."""
     return [name for name in _names(state["param_groups"]) if name not in state["state"]]
 
 
 def load_optimizer_state(module: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Load what :func:`optimizer_state` returned."""
-    # where a task's end has reset them, parameters have no state
+    # where a task's end has reset them, parameters have no state; what is really missing is known before
     options = StateDictOptions(strict=False)
     set_optimizer_state_dict(module, optimizer, optim_state_dict=state, options=options)
 
@@ -144,11 +145,19 @@ def numbered_optimizer_state(module: nn.Module, optimizer: Optimizer) -> dict[st
     }
 
 
-def load_full_optimizer_state(module: nn.Module, optimizer: Optimizer, saved: dict[str, Any]) -> None:
+def load_full_optimizer_state(
+    module: nn.Module, optimizer: Optimizer, saved: dict[str, Any], stateless: Collection[int] | None = None
+) -> None:
     """Load what :func:`numbered_optimizer_state` returned, or the state dict of a run without sharding.
 
+    Args:
+        module: The module, sharded.
+        optimizer: Its optimizer.
+        saved: The state dict.
+        stateless: Numbers of the parameters that the run had no state of; ``None`` where it does not tell.
+
     Raises:
-        ValueError: If the optimizer has other groups of parameters.
+        ValueError: If the optimizer has other groups of parameters, or others have no state.
     """
     own = optimizer_template(module, optimizer, ())
     sizes = [len(group["params"]) for group in saved["param_groups"]]
@@ -158,6 +167,12 @@ def load_full_optimizer_state(module: nn.Module, optimizer: Optimizer, saved: di
             f" {[len(group['params']) for group in own['param_groups']]}: build the optimizer of the run before."
         )
     names = _names(own["param_groups"])
+    missing = [] if stateless is None else sorted(set(stateless_parameters(saved)) - set(stateless))
+    if missing:
+        raise ValueError(
+            f"The checkpoint lacks the state of {type(optimizer).__name__} for {[names[n] for n in missing[:3]]}, which"
+            " the run had: it is not whole. Go on from another one."
+        )
     state = {
         names[number]: {key: _placed(value, own["state"][names[number]].get(key)) for key, value in values.items()}
         for number, values in saved["state"].items()
@@ -167,6 +182,15 @@ def load_full_optimizer_state(module: nn.Module, optimizer: Optimizer, saved: di
         for group, mine in zip(saved["param_groups"], own["param_groups"], strict=True)
     ]
     load_optimizer_state(module, optimizer, {"state": state, "param_groups": groups})
+
+
+def check_number_of_optimizers(optimizers: Sequence[Optimizer], states: Sequence[Any]) -> None:
+    """Refuse the states of another number of optimizers; an evaluation has no optimizers."""
+    if optimizers and len(optimizers) != len(states):
+        raise ValueError(
+            f"The checkpoint is of {len(states)} optimizers, and the module has {len(optimizers)}. Return those of the"
+            " run that wrote it from `configure_optimizers`."
+        )
 
 
 def _names(groups: list[dict[str, Any]]) -> list[str]:

@@ -293,7 +293,7 @@ def test_a_submodule_that_is_not_called_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kind": "best"}, "`teacher` must be one of 'previous', 'pretrained', 'ema', got 'best'"),
+        ({"kind": "best"}, "`teacher` must be one of 'previous', 'pretrained', 'ema', 'base', got 'best'"),
         ({"kind": "ema"}, "`decay` goes with `teacher='ema'`, got `teacher='ema'`, `decay=None`"),
         ({"kind": "previous", "decay": 0.5}, "`decay` goes with `teacher='ema'`"),
         ({"kind": "ema", "decay": 1}, "`decay` must be above 0 and below 1, got 1"),

@@ -23,7 +23,8 @@ class Inspector(ContinualCallback):
         if trainer.global_step in (0, 6):
             (optimizer,) = trainer.optimizers
             self.optimizers.append(optimizer)
-            self.momenta.append(len(optimizer.state))
+            states = optimizer.state.values()
+            self.momenta.append(sum(bool(state["momentum_buffer"].any()) for state in states))
             self.rates.append(optimizer.param_groups[0]["lr"])
 
 

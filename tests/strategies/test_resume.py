@@ -298,3 +298,72 @@ def test_model_of_another_shape_is_refused(tmp_path: Path) -> None:
             trainer(tmp_path, [saver(directory)], strategy=FSDP2Strategy(**settings)).fit(
                 wider, datamodule=toy_stream(), ckpt_path=directory / "step=2.ckpt"
             )
+
+
+class Several(ToyModule):
+    """Two optimizers, stepped by the module itself, or a single one of both layers."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+        self.automatic_optimization = False
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        optimizers: Any = self.optimizers()
+        optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
+        self.manual_backward(nn.functional.cross_entropy(self(batch[0]), batch[1]))
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def configure_optimizers(self) -> Any:
+        layers = [self.model[0], self.model[3]] if self.number == 2 else [self.model]
+        return [torch.optim.AdamW(layer.parameters(), lr=0.01) for layer in layers]
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["folder", "file"])
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_another_number_of_optimizers_is_refused(whole: bool, before: int, after: int, tmp_path: Path) -> None:
+    """In both forms, with both numbers."""
+    settings = {"save_distributed_checkpoint": not whole}
+    path = tmp_path / "first.ckpt"
+    fit = trainer(tmp_path, [SaveFirst(path)], strategy=FSDP2Strategy(**settings), max_steps=before)
+    fit.fit(Several(before), datamodule=toy_stream())
+    other = trainer(tmp_path, strategy=FSDP2Strategy(**settings))
+    with pytest.raises(ValueError, match=f"is of {before} optimizers, and the module has {after}"):
+        other.fit(Several(after), datamodule=toy_stream(), ckpt_path=path)
+
+
+def test_a_file_that_lacks_state_is_refused(tmp_path: Path) -> None:
+    """The run had it, as the file tells."""
+    trainer(tmp_path, [saver(tmp_path)], strategy=one_file(), max_steps=2).fit(Adapted(), datamodule=toy_stream())
+    path = tmp_path / "step=2.ckpt"
+    saved = torch.load(path, weights_only=False)
+    del saved["optimizer_states"][0]["state"][1]
+    torch.save(saved, path)
+    again = trainer(tmp_path, [saver(tmp_path / "again")], strategy=one_file())
+    with pytest.raises(ValueError, match=r"lacks the state of AdamW for \['model.3.bias'\]"):
+        again.fit(Adapted(), datamodule=toy_stream(), ckpt_path=path)
+
+
+class SaveFirst(Callback):
+    """Writes a checkpoint before the first optimizer step."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["folder", "file"])
+def test_a_save_before_the_first_step_changes_nothing(whole: bool, tmp_path: Path) -> None:
+    """AdamW's count of steps neither."""
+    ends = []
+    for callbacks in ([], [SaveFirst(tmp_path / "first.ckpt")]):
+        module = Adapted()
+        strategy = FSDP2Strategy(save_distributed_checkpoint=not whole)
+        fit = trainer(tmp_path, callbacks, strategy=strategy)
+        fit.fit(module, datamodule=toy_stream())
+        ends.append(full(module))
+    assert torch.equal(*ends)

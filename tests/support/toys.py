@@ -135,8 +135,9 @@ def trainer(root: Path | str, callbacks: Sequence[Callback] = (), **settings: An
 
 
 def weights(module: nn.Module) -> Tensor:
-    """All weights that a module computes with as one vector, gathered; with LoRA those of the base and the adapters."""
-    lora = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, LoraLayer)]
+    """All parameters of a module as one vector, gathered; of the toy with LoRA the weights that it computes with."""
+    adapted = module.named_modules() if isinstance(module, LoraToy) else ()
+    lora = [(name, layer) for name, layer in adapted if isinstance(layer, LoraLayer)]
     plain = [p for name, p in module.named_parameters() if not any(name.startswith(f"{layer}.") for layer, _ in lora)]
     parts = [_whole(parameter) for parameter in plain]
     for _, layer in lora:
