@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from lightning_cl.adapters.slot import PAST, Slot
+from lightning_cl.adapters.slot import PAST, Slot, SlotFactor
 from lightning_cl.core.imports import require
 from lightning_cl.core.rng import isolated_rng
 
@@ -61,13 +62,10 @@ def add_slots(
         if PAST not in model.peft_config:
             _add(model, current, capacity, slots)
             for slot in slots:
+                slot.slot_factor(PAST).owner = user
                 extend(slot)
         for slot in slots:
-            if (rank := slot.rank(PAST)) != capacity:
-                raise ValueError(
-                    f"`{user}` wants slots of rank {capacity} for finished tasks, but the module has some of rank"
-                    f" {rank} from before: give it the settings of that fit, or a module without slots."
-                )
+            _check_past(slot, capacity, user)
         found |= {slot.name: slot for slot in slots}
     return found
 
@@ -88,7 +86,9 @@ def _check(slots: list[Slot], config: Any, user: str) -> None:
     for slot in slots:
         layer, current = slot.layer, slot.current
         down: Any = dict(layer.lora_A.items()).get(current)
-        plain = isinstance(down, nn.Linear) and isinstance(layer.lora_B[current], nn.Linear)
+        base = layer.get_base_layer()
+        # a quantized layer is an `nn.Linear` too; PEFT computes attention as a whole from merged weights
+        plain = isinstance(down, nn.Linear) and (isinstance(base, nn.Linear) or type(base).__name__ == "Conv1D")
         if not plain or current in layer.lora_variant or layer.lora_bias.get(current):
             raise ValueError(
                 f"`{user}` folds plain LoRA on linear layers, and {slot.name!r} is a {type(layer).__name__} with other"
@@ -102,6 +102,11 @@ def _check(slots: list[Slot], config: Any, user: str) -> None:
             )
         if layer.merged:
             raise ValueError(f"The adapters of {slot.name!r} are merged. Unmerge them (`unmerge_adapter`) first.")
+    if config.target_parameters:
+        raise ValueError(
+            f"`{user}` folds LoRA on layers, and `target_parameters={config.target_parameters}` adapts parameters by"
+            " themselves: leave it out, and name linear layers in `target_modules`."
+        )
     start = config.init_lora_weights
     if isinstance(start, str) and start.lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
         raise ValueError(
@@ -110,12 +115,30 @@ def _check(slots: list[Slot], config: Any, user: str) -> None:
         )
 
 
+def _check_past(slot: Slot, capacity: int, user: str) -> None:
+    """Refuse a slot that an adapter of the user, another method or other settings made."""
+    down = dict(slot.layer.lora_A.items()).get(PAST)
+    if not isinstance(down, SlotFactor):
+        raise ValueError(
+            f"The PEFT model has an adapter of the name {PAST!r} of its own at {slot.name!r}, which is the name of the"
+            f" slot for finished tasks of `{user}`. Give it another name, or delete it (`delete_adapter`)."
+        )
+    if (rank := down.out_features) != capacity or down.owner != user:
+        raise ValueError(
+            f"`{user}` wants slots of rank {capacity} for finished tasks, but the module has some of rank {rank} from"
+            f" before, made by `{down.owner}`: go on with the method and settings of that fit, or with a module without"
+            " slots."
+        )
+
+
 def _add(model: Any, current: str, capacity: int, slots: list[Slot]) -> None:
     peft = require("peft", extra="llm")
     like = model.peft_config[current]
+    names = {id(layer): name for name, layer in model.base_model.model.named_modules()}
     config = peft.LoraConfig(
         r=capacity,
-        lora_alpha=capacity,
+        # the scaling of the present slot, so that factors go over as they are, also where PEFT loads them
+        alpha_pattern={f"^{re.escape(names[id(slot.layer)])}": slot.scaling * capacity for slot in slots},
         target_modules=like.target_modules,
         exclude_modules=like.exclude_modules,
         layers_to_transform=like.layers_to_transform,
@@ -132,8 +155,6 @@ def _add(model: Any, current: str, capacity: int, slots: list[Slot]) -> None:
     for parameter in model.parameters():
         parameter.requires_grad_(flags.get(id(parameter), False))
     for slot in slots:
-        # factors go over as they are
-        slot.layer.scaling[PAST] = slot.scaling
         factor = slot.slot_factor(PAST)
         factor.zeros = True
         like_weight = slot.down(current).weight

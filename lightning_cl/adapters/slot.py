@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn import Parameter
 from typing_extensions import override
 
 from lightning_cl.core.state import local, shard
+from lightning_cl.functional.low_rank import wide
 from lightning_cl.quantization.layers import dequantize, is_quantized
 
 __all__ = ["PAST", "Slot", "SlotFactor"]
@@ -31,6 +33,7 @@ class SlotFactor(nn.Linear):
         groups: The gate of each rank, int64 ``[r]``, where several share one; else rank i has gate i.
         route: What each sample of the coming forward takes of each rank, ``[B, r]``; all of it if ``None``.
         routed: Whether samples differ in what they take, so that no one adapter computes the same.
+        owner: The callback that made the slot.
     """
 
     mixing: Parameter | None
@@ -47,6 +50,7 @@ class SlotFactor(nn.Linear):
         self.register_buffer("groups", None)
         self.route = None
         self.routed = False
+        self.owner = ""
         self._first: Tensor | None = None
         self._first_groups: Tensor | None = None
         self.train(linear.training)
@@ -90,11 +94,21 @@ class SlotFactor(nn.Linear):
 
     @override
     def forward(self, input: Tensor) -> Tensor:
-        """Return :math:`M A x` for rows :math:`x`, ``[..., in]``."""
+        """Return :math:`M A x` for rows :math:`x`, ``[..., in]``, or what :attr:`route` takes of it.
+
+        Raises:
+            ValueError: If there is not one row of the route for each of the first dimension.
+        """
         output = self.mix(super().forward(input))
         if self.route is None:
             return output
         route = self.route.to(output)
+        if len(route) not in (1, len(output)):
+            raise ValueError(
+                f"A layer with adapters got the shape {list(input.shape)}, and each of {len(route)} samples has the"
+                " adapter of its own task: the first dimension must be that of the samples. Let the layer get the batch"
+                " first (such as `batch_first=True`), or leave it out of `target_modules`."
+            )
         return output * route.view(len(route), *[1] * (output.ndim - 2), -1)
 
 
@@ -138,6 +152,10 @@ class Slot:
         mixing = getattr(self.down(adapter), "mixing", None)
         return found if mixing is None else {**found, "mixing": mixing}
 
+    def all_parameters(self) -> list[Parameter]:
+        """Return the parameters of both slots."""
+        return [p for adapter in (self.current, self.past) for p in self.parameters(adapter).values()]
+
     def add_mixing(self, adapter: str, values: Tensor, groups: Tensor | None = None) -> None:
         """Put a mixing between the factors of a slot, see :class:`SlotFactor`; before the strategy wraps the module."""
         self.slot_factor(adapter).add_mixing(values, groups)
@@ -147,6 +165,9 @@ class Slot:
         found = self.down(adapter)
         if not isinstance(found, SlotFactor):
             found = self.layer.lora_A[adapter] = SlotFactor(found)
+            # PEFT's merge reads weights alone; parts of the layer, as a reference to itself would keep its memory
+            parts = self.layer.lora_A, self.layer.lora_B, self.layer.scaling
+            self.layer.get_delta_weight = partial(_delta_weight, *parts, getattr(self.layer, "fan_in_fan_out", False))
         return found
 
     def weights(self, adapter: str) -> tuple[Tensor, Tensor]:
@@ -162,7 +183,7 @@ class Slot:
 
         The scaling is not in them. All ranks must call this.
         """
-        whole = {name: _wide(_full(parameter)) for name, parameter in self.parameters(adapter).items()}
+        whole = {name: wide(_full(parameter)) for name, parameter in self.parameters(adapter).items()}
         down = whole["lora_A"]
         if "mixing" in whole:
             gates = self.down(adapter).gates(whole["mixing"])
@@ -186,6 +207,23 @@ class Slot:
         return weight.mT if getattr(self.layer, "fan_in_fan_out", False) else weight
 
 
+def _delta_weight(downs: Any, ups: Any, scalings: dict[str, float], transposed: bool, adapter: str) -> Tensor:
+    """Return what an adapter adds to the weight of the base, for ``merge_adapter`` and ``merge_and_unload`` of PEFT."""
+    down, up = downs[adapter], ups[adapter].weight
+    if getattr(down, "routed", False):
+        raise ValueError(
+            f"The adapter {adapter!r} gives each sample the part of a task, and no one weight computes the same: it"
+            " cannot be merged. Keep a checkpoint of the Trainer, and evaluate with the callback."
+        )
+    # some CPUs have slow products in 16 bits
+    accurate = wide(up) if up.device.type == "cpu" else up
+    weight = down.weight.to(accurate.dtype)
+    if isinstance(down, SlotFactor):
+        weight = down.mix(weight.mT).mT
+    delta: Tensor = accurate @ weight * scalings[adapter]
+    return (delta.mT if transposed else delta).to(up.dtype)
+
+
 @torch.no_grad()
 def fill(parameter: Tensor, value: Tensor) -> None:
     """Copy a whole tensor into a parameter, or what belongs there into the shard of it that this rank holds."""
@@ -195,7 +233,3 @@ def fill(parameter: Tensor, value: Tensor) -> None:
 def _full(parameter: Tensor) -> Tensor:
     parameter = parameter.detach()
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.clone()
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -7,8 +7,9 @@ from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -20,11 +21,11 @@ from lightning_cl.adapters.slot import PAST, Slot, SlotFactor
 from lightning_cl.core.callback import ContinualCallback
 from lightning_cl.core.card import MethodCard
 from lightning_cl.core.checks import check_count
-from lightning_cl.core.distributed import is_distributed
+from lightning_cl.core.distributed import copy_of_rank_zero_, max_over_ranks
 from lightning_cl.core.footprint import Footprint
 from lightning_cl.core.reduction import check_still_trainable, check_trainable
 from lightning_cl.core.rng import derived_seed
-from lightning_cl.core.state import reshard
+from lightning_cl.core.state import local, reshard
 from lightning_cl.core.task import Task
 from lightning_cl.functional.low_rank import truncate_factors
 from lightning_cl.functional.reset_state import reset_state
@@ -74,6 +75,8 @@ class AdapterSlots(ContinualCallback):
     boundaries: ClassVar[Literal["required", "unused", "evaluation"]] = "required"
     # whether `start` also gives the values that the first task begins with
     starts_first: ClassVar[bool] = False
+    # whether the method chooses what a task begins with, so that `AdapterStart` may not
+    starts_itself: ClassVar[bool] = False
 
     def __init__(self, capacity: int = 64, *, seed: int = 0) -> None:
         check_count("capacity", capacity)
@@ -136,7 +139,8 @@ class AdapterSlots(ContinualCallback):
         else:
             both_down, both_up = torch.cat([past_down[:used], down]), torch.cat([past_up[:, :used], up], 1)
             past_down, past_up, error = truncate_factors(both_down, both_up, len(past_down))
-            _same_on_all_ranks(past_down, past_up)
+            # a decomposition may differ in the last place between machines
+            past_down, past_up = copy_of_rank_zero_(past_down), copy_of_rank_zero_(past_up)
             self.errors[slot.name] = error
             self.segments[slot.name] = [0, len(past_down)]
         slot.write(slot.past, past_down, past_up)
@@ -158,6 +162,11 @@ class AdapterSlots(ContinualCallback):
             name = type(self).__name__
             if other is not self and isinstance(other, AdapterSlots):
                 raise ValueError(f"`{name}` and `{type(other).__name__}` both fill the slots: use one of them.")
+            if isinstance(other, (StochasticWeightAveraging, WeightAveraging)):
+                raise ValueError(
+                    f"`{type(other).__name__}` averages weights over tasks, and would put averages of several adapters"
+                    f" in the place of those that `{name}` keeps: leave one of them out."
+                )
             if isinstance(other, ContinualCallback) and other.compares_weights:
                 raise ValueError(
                     f"`{type(other).__name__}` compares weights with those of earlier tasks, and `{name}` starts them"
@@ -167,12 +176,25 @@ class AdapterSlots(ContinualCallback):
 
     @override
     def prepare_module(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy)):
+            raise ValueError(
+                f"`{type(self).__name__}` reads adapters layer by layer, and `{type(trainer.strategy).__name__}` puts"
+                " parameters into one flat tensor. Use `strategy='fsdp2'`, or `'ddp'`."
+            )
         self.slots = add_slots(pl_module, self.past_rank, type(self).__name__, self.extend)
         trained = {
             name: {slot.current: self.trains(slot), slot.past: self.trains_past(slot)}
             for name, slot in self.slots.items()
         }
         self._guard = SlotGuard(self.slots, trained)
+        if stage == "fit" and not any(p.requires_grad for s in self.slots.values() for p in s.all_parameters()):
+            raise ValueError(
+                f"All adapters are frozen, and `{type(self).__name__}` would learn nothing. Load adapters by"
+                " `PeftModel.from_pretrained(..., is_trainable=True)`, and leave what shall train trainable."
+            )
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            # a folder of shards leaves out what is frozen and has not changed yet
+            return
         # the module is loaded before the callbacks, and would say only that keys are missing
         hook = partial(_refuse_without_slots, type(self).__name__)
         self._loading = pl_module.register_load_state_dict_pre_hook(hook)  # type: ignore[no-untyped-call]
@@ -193,6 +215,8 @@ class AdapterSlots(ContinualCallback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         reshard(pl_module)
+        assert self._guard is not None
+        self._guard.start_fit()
         self._trainable = check_trainable(trainer, pl_module)
         if self.segments and self.segments.keys() != self.slots.keys():
             other = sorted(self.segments.keys() ^ self.slots.keys())
@@ -221,11 +245,15 @@ class AdapterSlots(ContinualCallback):
         """Fold the present slot into the past one, and start it and its moments anew; all ranks must call this."""
         # a validation inside an epoch leaves whole weights in their place
         reshard(pl_module)
+        self._refuse_non_finite(pl_module)
         self.errors = {}
         for slot in self.slots.values():
             self.absorb(slot, *self.fold(slot))
         self.tell_errors(trainer)
         self.restart(trainer, pl_module, next_task)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, ContinualCallback):
+                callback.on_weights_rewritten(trainer, pl_module)
 
     def tell_errors(self, trainer: Trainer) -> None:
         """Report the errors of approximations."""
@@ -254,6 +282,19 @@ class AdapterSlots(ContinualCallback):
         for optimizer in trainer.optimizers:
             reset_state(optimizer, started)
 
+    def _refuse_non_finite(self, pl_module: LightningModule) -> None:
+        """Refuse to keep for ever what a diverged task has left, before anything is written."""
+        present = {name: slot.parameters(slot.current).values() for name, slot in self.slots.items()}
+        bad = [
+            name for name, parts in present.items() if not all(bool(local(p.detach()).isfinite().all()) for p in parts)
+        ]
+        if max_over_ranks(len(bad), pl_module.device):
+            raise ValueError(
+                f"The adapters of {bad[:3] or 'another rank'} hold values that are not finite at the end of their task:"
+                " nothing was folded. Go back to a checkpoint before the loss diverged, with a lower learning rate or"
+                " clipping."
+            )
+
     def _refuse_tasks_of_others(self) -> None:
         for slot in self.slots.values():
             if bool(slot.weights(slot.past)[1].any()):
@@ -266,6 +307,15 @@ class AdapterSlots(ContinualCallback):
     def _check(self, pl_module: LightningModule) -> None:
         assert self._guard is not None
         self._guard.check()
+        for model in peft_models(pl_module):
+            status = model.get_model_status()
+            # a trained copy of a whole module has no part for the past slot, so layers differ in what is active
+            if status.enabled is not True or status.merged_adapters:
+                raise ValueError(
+                    f"Not all of {type(model).__name__} computes with its adapters as they are: enabled is"
+                    f" {status.enabled}, merged are {status.merged_adapters}. Call `enable_adapter_layers()` or"
+                    " `unmerge_adapter()` on the PEFT model."
+                )
         check_still_trainable(pl_module, self._trainable)
 
     @override
@@ -300,10 +350,3 @@ def _refuse_without_slots(user: str, module: nn.Module, state_dict: Mapping[str,
             f"The checkpoint holds no state for {user}: it was written without adapter slots. To go on from its weights"
             " with slots, load them with `load_from_checkpoint` and fit without `ckpt_path`."
         )
-
-
-def _same_on_all_ranks(*tensors: Tensor) -> None:
-    """Give all ranks the bits of the first: a decomposition may differ in the last place between machines."""
-    if is_distributed():
-        for tensor in tensors:
-            dist.broadcast(tensor, src=0)

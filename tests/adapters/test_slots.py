@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -19,9 +20,11 @@ from lightning_cl import (
     AdapterSlots,
     ContinualCallback,
     FeatureDistillation,
+    FreezeExcept,
     GradientProjection,
     LwF,
     MomentumInterpolation,
+    OLoRA,
     Task,
 )
 from lightning_cl.adapters import Slot
@@ -140,6 +143,8 @@ def test_two_fits_of_one_module_share_the_slots(tmp_path: Path) -> None:
     assert slots.segments[FIRST] == [0, 2, 4]
     with pytest.raises(ValueError, match=r"wants slots of rank 4 .* some of rank 8"):
         fit_stream(tmp_path, [AdapterSlots(4)], module=module)
+    with pytest.raises(ValueError, match=r"`OLoRA` wants .* made by `AdapterSlots`"):
+        fit_stream(tmp_path, [OLoRA(capacity=8)], module=module)
 
 
 def test_a_callback_that_knows_nothing_of_finished_tasks_is_refused(tmp_path: Path) -> None:
@@ -205,9 +210,13 @@ def test_no_call_of_peft_changes_what_trains(call: str, tmp_path: Path) -> None:
     assert torch.equal(found, fit_stream(tmp_path, [AdapterSlots(8)], module=plain))
     assert module.flags == plain.flags
     assert all(".default." in name for name in module.flags[0])
-    # and after the fit PEFT does as PEFT does
+    # after the fit flags are PEFT's again, and finished tasks still act
+    with_past = module(toy_data().tensors[0])
     module.model.set_adapter("default")
-    assert module.get_submodule(FIRST).active_adapters == ["default"]
+    assert module.get_submodule(FIRST).active_adapters == ["default", "past"]
+    assert torch.equal(module(toy_data().tensors[0]), with_past)
+    module.model.base_model.set_requires_grad(["past"], True)
+    assert slot_of(module).down("past").weight.requires_grad
 
 
 def test_another_active_adapter_is_refused_at_the_boundary(tmp_path: Path) -> None:
@@ -304,6 +313,74 @@ def test_callbacks_that_compare_weights_are_refused(other: ContinualCallback, tm
         fit_stream(tmp_path, [other, AdapterSlots(8)], module=LoraToy())
 
 
+@pytest.mark.parametrize("other", [EMAWeightAveraging(decay=0.9), StochasticWeightAveraging(1e-2)], ids=["ema", "swa"])
+def test_averages_of_weights_are_refused(other: Callback, tmp_path: Path) -> None:
+    """They know nothing of the slot that a boundary fills."""
+    with pytest.raises(ValueError, match=f"`{type(other).__name__}` averages weights over tasks"):
+        fit_stream(tmp_path, [other, AdapterSlots(8)], module=LoraToy())
+
+
+def test_an_adapter_of_the_users_named_past_is_refused(tmp_path: Path) -> None:
+    """It has a scaling and a content of its own."""
+    module = LoraToy()
+    module.model.add_adapter("past", LoraConfig(r=8, target_modules=["0", "3"]))
+    with pytest.raises(ValueError, match="an adapter of the name 'past' of its own"):
+        fit_stream(tmp_path, [AdapterSlots(8)], module=module)
+
+
+def test_attention_as_a_whole_is_refused(tmp_path: Path) -> None:
+    """PEFT merges its adapters into weights in every forward, where no gradient passes a second one."""
+
+    class Attentive(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention, self.out = nn.MultiheadAttention(6, 1, batch_first=True), nn.Linear(6, 4)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            inputs = inputs[:, None]
+            return self.out(self.attention(inputs, inputs, inputs)[0][:, 0])
+
+    with pytest.raises(ValueError, match="is a MultiheadAttention with other settings"):
+        fit_stream(tmp_path, [AdapterSlots(8)], module=adapted(Attentive(), target_modules=["attention"]))
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["frozen before", "frozen behind"])
+def test_what_is_frozen_stays_frozen(first: bool, tmp_path: Path) -> None:
+    """By hand or by another callback, wherever it stands, and through PEFT's calls."""
+    freeze, slots = FreezeExcept(["*model.3.lora_*default*"]), AdapterSlots(8)
+    module = Teaching("set")
+    fit_stream(tmp_path, [freeze, slots] if first else [slots, freeze], module=module)
+    assert module.flags[-1] == [f"model.base_model.model.3.lora_{factor}.default.weight" for factor in "AB"]
+    assert not slot_of(module).weights("past")[1].any()
+
+
+def test_adapters_that_are_all_frozen_are_refused(tmp_path: Path) -> None:
+    """As PEFT loads them without `is_trainable`."""
+    module = LoraToy()
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    with pytest.raises(ValueError, match="All adapters are frozen"):
+        fit_stream(tmp_path, [AdapterSlots(8)], module=module)
+
+
+def test_a_diverged_task_is_not_kept(tmp_path: Path) -> None:
+    """Before anything is written, with the layers' names."""
+
+    class Diverges(ContinualCallback):
+        needs_state = False
+
+        def on_task_end(self, trainer: Trainer, pl_module: Any, task: Task) -> None:
+            if task.index == 1:
+                with torch.no_grad():
+                    pl_module.model.base_model.model[3].lora_B["default"].weight[0, 0] = float("nan")
+
+    module = LoraToy()
+    with pytest.raises(ValueError, match=r"\['model.base_model.model.3'\] hold values that are not finite"):
+        fit_stream(tmp_path, [Diverges(), AdapterSlots(8)], module=module)
+    assert slot_of(module).weights("past")[1].isfinite().all()
+    assert not slot_of(module).weights("past")[1][:, 2:].any()
+
+
 def test_two_fillers_of_slots_are_refused(tmp_path: Path) -> None:
     """Each would fold what the other trains."""
 
@@ -361,7 +438,5 @@ def test_peft_opens_what_it_saves_itself(tmp_path: Path) -> None:
     again = PeftModel.from_pretrained(ToyModule().model, tmp_path / "adapters")
     again.load_adapter(tmp_path / "adapters" / "past", "past")
     again.base_model.set_adapter(["default", "past"])
-    for layer in (0, 3):
-        again.base_model.model[layer].scaling["past"] = module.model.base_model.model[layer].scaling["past"]
     inputs = toy_data().tensors[0]
     torch.testing.assert_close(again(inputs), module.model(inputs))

@@ -141,7 +141,7 @@ def test_an_end_of_a_task_changes_no_output(quantized: bool, tmp_path: Path) -> 
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("step", [6, 8], ids=["boundary", "third task"])
+@pytest.mark.parametrize("step", [2, 6, 8], ids=["first task", "boundary", "third task"])
 def test_sharded_runs_resume_to_the_same_bits(step: int, two_ranks: Ranks, tmp_path: Path) -> None:
     """On a 4-bit base, from a folder of shards that was written at a boundary, or in the middle of the third task."""
     straight = two_ranks.run(fit, tmp_path, "fsdp2", 2, True, 6, "straight")
