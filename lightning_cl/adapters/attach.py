@@ -24,7 +24,9 @@ def add_adapters(model: nn.Module, config: Any) -> Any:
     """Put adapters of PEFT into ``model``; all other weights are frozen.
 
     The adapters have the compute dtype of the model, because FSDP2 wants one dtype for what trains in a block; PEFT's
-    own default is float32. On a skeleton they stand on the meta device until
+    own default is float32. In a float16 model adapters of layers are float32: steps vanish in float16, and a gradient
+    scaler (``precision="16-mixed"``) refuses it; prompts and trained copies of whole modules (``modules_to_save``) stay
+    float16, as nothing casts what goes into and out of them. On a skeleton they stand on the meta device until
     :func:`~lightning_cl.quantization.fill_block` starts them. What will ever train must be there before the model is
     sharded: neither DDP nor FSDP2 synchronises adapters that come later.
 
@@ -67,13 +69,16 @@ def add_adapters(model: nn.Module, config: Any) -> Any:
         _check_start(model, str(config.init_lora_weights).lower())
     _tell_bits(model)
     dtype = _compute_dtype(model)
+    tuner = require("peft.tuners.tuners_utils", extra="llm").BaseTunerLayer
     with warnings.catch_warnings():
         # PEFT 0.21 asks for it by the name that transformers 5.23 deprecates
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=meta)
+    layers = {id(p) for layer in adapted.modules() if isinstance(layer, tuner) for p in layer.parameters()}
     for place in places(adapted):
         if place.adapter and not place.buffer and place.tensor.is_floating_point():
-            place.tensor.data = place.tensor.data.to(dtype)
+            wide = dtype == torch.float16 and id(place.tensor) in layers
+            place.tensor.data = place.tensor.data.to(torch.float32 if wide else dtype)
     return adapted
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from lightning_cl.adapters.build import peft_models
 from lightning_cl.adapters.flat import write_adapters
 from lightning_cl.adapters.merging import write_merged
 from lightning_cl.core.checks import check_choice
@@ -55,12 +56,13 @@ def export(
         dtype: Of merged weights; float32 unless given, and that of ``base`` for ``"original16"``.
         shard_bytes: Size beyond which a file of merged weights is split.
         slots: The callback of the slots, whose state goes into ``slots.json`` and ``slots.safetensors`` beside the
-            adapter: which ranks are of which task, and what the method keeps.
+            adapter: which ranks are of which task, which parameters trained, and what the method keeps. It is a record
+            for other tools; to go on with training, resume from a checkpoint of the Trainer.
 
     Raises:
-        ValueError: If ``module`` holds no adapters; for slots whose ranks are routed by the sample; for merged formats,
-            if there are other adapters than LoRA on linear and embedding layers, a merged weight is shared, or ``base``
-            lacks one; if a setting does not belong to the format.
+        ValueError: If ``module`` holds no adapters, or several PEFT models; for slots whose ranks are routed by the
+            sample; for merged formats, if there are other adapters than LoRA on linear (also ``Conv1D``) and embedding
+            layers, a merged weight is shared, or ``base`` lacks one; if a setting does not belong to the format.
     """
     check_choice("into", into, ("factors", "dequantized", "original16"))
     if (base is None) == (into == "original16"):
@@ -76,6 +78,12 @@ def export(
         raise ValueError(
             "`export` writes one model for all samples, and these slots give each sample the adapter of a task. Keep a"
             " checkpoint of the Trainer, and evaluate with the callback."
+        )
+    if len(models := peft_models(module)) > 1:
+        names = [name for name, part in module.named_modules() if any(part is model for model in models)]
+        raise ValueError(
+            f"{type(module).__name__} holds several PEFT models, {names}, and a folder holds one: call `export` for"
+            " each of them, with the PeftModel itself and a folder of its own."
         )
     reshard(module)
     if into == "factors":

@@ -36,6 +36,7 @@ def write_adapters(module: nn.Module, folder: Path, slots: Any = None) -> None:
     if not models:
         raise ValueError(f"{type(module).__name__} holds no `peft.PeftModel`: there are no adapters to export.")
     adapted = models[0]
+    where = next(name for name, part in module.named_modules() if part is adapted)
     layers = _layers_with_slots(adapted)
     if slots is not None and not layers:
         raise ValueError(f"`slots` is a {type(slots).__name__}, and the adapters of {type(module).__name__} have none.")
@@ -52,11 +53,11 @@ def write_adapters(module: nn.Module, folder: Path, slots: Any = None) -> None:
             tensors[f"{prefix}.lora_A.{current}.weight"] = down.cpu()
             tensors[f"{prefix}.lora_B.{current}.weight"] = up.cpu()
         if slots is not None:
-            offsets[name] = [int(kept[:end].sum()) for end in _segments(slots, name)]
+            offsets[name] = [int(kept[:end].sum()) for end in _segments(slots, _clean(f"{where}.{slot.name}"))]
     if rank() == 0 and layers:
         _write(adapted, current, _flat_config(adapted.peft_config[current], ranks), tensors, beside, folder)
         if slots is not None:
-            _write_state(slots, offsets, folder)
+            _write_state(slots, layers, offsets, folder)
     elif rank() == 0:
         for name, config in adapted.peft_config.items():
             to = folder if name == "default" else folder / name
@@ -177,14 +178,25 @@ def _write(
 
 
 def _segments(slots: Any, layer: str) -> list[int]:
-    """Return the offsets of the finished tasks in a layer that may have a longer name for the callback."""
-    found = [offsets for name, offsets in slots.segments.items() if _clean(f".{name}").endswith(f".{layer}")]
-    if len(found) != 1:
-        raise ValueError(f"`slots` is a {type(slots).__name__} that has not learned with the layer {layer!r}.")
-    return list(found[0])
+    """Return the offsets of the finished tasks in a layer, whose name for the callback may begin with more."""
+    names = {f".{_clean(name)}": offsets for name, offsets in slots.segments.items()}
+    layer = f".{layer.lstrip('.')}"
+    found = [layer] if layer in names else [name for name in names if name.endswith(layer)]
+    if len(found) > 1:
+        raise ValueError(
+            f"`slots` has learned with {[name[1:] for name in found]}, and the given module does not say which is"
+            f" {layer[1:]!r}. Give it the name that it has in the LightningModule: `nn.ModuleDict({{name: model}})`."
+        )
+    if not found:
+        raise ValueError(f"`slots` is a {type(slots).__name__} that has not learned with the layer {layer[1:]!r}.")
+    return list(names[found[0]])
 
 
-def _write_state(slots: Any, offsets: Mapping[str, list[int]], folder: Path) -> None:
+def _trained(slot: Slot, adapter: str) -> list[str]:
+    return [name for name, parameter in slot.parameters(adapter).items() if parameter.requires_grad]
+
+
+def _write_state(slots: Any, layers: Mapping[str, Slot], offsets: Mapping[str, list[int]], folder: Path) -> None:
     """Write what a callback keeps: plain values as JSON, tensors under their paths in it."""
     tensors: dict[str, Tensor] = {}
 
@@ -201,6 +213,8 @@ def _write_state(slots: Any, offsets: Mapping[str, list[int]], folder: Path) -> 
     record = {
         "version": _VERSION,
         "method": type(slots).__name__,
+        # what trained, while it was exported, of the slot of each layer that trains and of the one for finished tasks
+        "trained": {name: {a: _trained(slot, a) for a in (slot.current, slot.past)} for name, slot in layers.items()},
         # task i of a layer has the rows from the i-th number to the next of its lora_A here; what trains has the rest
         "offsets": dict(offsets),
         "state": plain(slots.state_dict(), ""),

@@ -103,17 +103,18 @@ def _adapted_layers(model: nn.Module) -> Iterator[tuple[int, Any]]:
     """
     tuner = require("peft.tuners.tuners_utils", extra="llm").BaseTunerLayer
     lora = require("peft.tuners.lora", extra="llm").LoraLayer
+    conv = require("transformers.pytorch_utils", extra="llm").Conv1D
     for name, layer in model.named_modules():
         if not isinstance(layer, tuner) or layer.disable_adapters:
             continue
         active: Any = layer.active_adapters
         simple = isinstance(layer, lora) and not any(a in layer.lora_variant or layer.lora_bias.get(a) for a in active)
         base = layer.get_base_layer()
-        if not simple or not (is_quantized(base) or isinstance(base, nn.Linear | nn.Embedding)):
+        if not simple or not (is_quantized(base) or isinstance(base, (nn.Linear, nn.Embedding, conv))):
             raise ValueError(
-                f"`export` merges plain LoRA on linear and embedding layers; {name!r} is a"
-                f" {type(layer).__name__} with other settings. Export the adapters (`into='factors'`), and"
-                " merge them in PEFT on a base model that is not quantized."
+                f"`export` merges plain LoRA on linear and embedding layers (also GPT-2's `Conv1D`); {name!r} is a"
+                f" {type(layer).__name__} of PEFT on a {type(base).__name__}, or has settings such as DoRA. Export the"
+                " adapters (`into='factors'`), and merge them in PEFT on a base model that is not quantized."
             )
         if layer.merged:
             raise ValueError(f"The adapters of {name!r} are merged already. Unmerge them (`unmerge_adapter`) first.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,7 +25,8 @@ def adapters_disabled(module: nn.Module) -> Iterator[None]:
         module: A module with adapters of PEFT, or with prompts, in any depth; one without them is left as it is.
 
     Raises:
-        ValueError: If adapters are merged into the base weights, which then are no base weights.
+        ValueError: If adapters are merged into the base weights, which then are no base weights; for prompts of PEFT,
+            which have no such switch (:class:`~lightning_cl.adapters.L2P` and our other prompts have).
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -37,6 +38,12 @@ def adapters_disabled(module: nn.Module) -> Iterator[None]:
         >>> adapted.base_model.model[0].disable_adapters
         False
     """
+    if (kind := _unswitchable(module)) is not None:
+        raise ValueError(
+            f"PEFT's {kind} acts outside of its layers and has no switch there, so it cannot be left out of a forward."
+            " Use LoRA or prompts of `lightning_cl` (`L2P`, `ProgressivePrompts`, ...); or, with a teacher,"
+            " `teacher='pretrained'`, which keeps a copy."
+        )
     found = _switchable(module)
     if any(getattr(part, "merged", False) for part in found):
         raise ValueError(
@@ -54,8 +61,18 @@ def adapters_disabled(module: nn.Module) -> Iterator[None]:
 
 
 def has_adapters(module: nn.Module) -> bool:
-    """Return whether there is anything in ``module`` that :func:`adapters_disabled` switches off."""
-    return bool(_switchable(module))
+    """Return whether there are adapters in ``module``, also such as :func:`adapters_disabled` refuses."""
+    return bool(_switchable(module)) or _unswitchable(module) is not None
+
+
+def _unswitchable(module: nn.Module) -> str | None:
+    """Return the kind of adapters in ``module`` that no layer has a switch for."""
+    for part in module.modules():
+        configs = getattr(part, "peft_config", None)
+        for config in configs.values() if isinstance(configs, Mapping) else ():
+            if getattr(config, "is_prompt_learning", False) or getattr(config, "is_adaption_prompt", False):
+                return str(getattr(config.peft_type, "value", config.peft_type))
+    return None
 
 
 def _switchable(module: nn.Module) -> list[Any]:

@@ -156,6 +156,12 @@ class LanguageModel(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         trainable = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
         plugin, clips = self.trainer.precision_plugin, bool(self.trainer.gradient_clip_val)
+        half = [name for name, parameter in trainable.items() if parameter.dtype == torch.float16]
+        if half and getattr(plugin, "scaler", None) is not None:
+            raise ValueError(
+                f"`precision='16-mixed'` scales gradients, which torch does for weights in float32, and {half[:3]}"
+                " train in float16. Use `dtype='bfloat16'` or 'float32' for the module, or `precision='bf16-mixed'`."
+            )
         # a fused step unscales float16 gradients itself, after callbacks have added to them; and under autocast of any
         # dtype Lightning refuses to clip for it
         fused = not isinstance(plugin, MixedPrecision) or (plugin.scaler is None and not clips)

@@ -132,13 +132,22 @@ def hf_model(module: nn.Module) -> Any:
     """Return the outermost Hugging Face model in ``module``.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is none, or several beside each other.
     """
     base = require("transformers", extra="llm").PreTrainedModel
-    for child in module.modules():
-        if isinstance(child, base):
-            return child
-    raise ValueError(f"{type(module).__name__} holds no Hugging Face model, whose format this export has.")
+    found: dict[str, Any] = {}
+    for name, child in module.named_modules():
+        if isinstance(child, base) and not any(f"{name}.".startswith(f"{outer}.") for outer in found):
+            found[name] = child
+    if not found:
+        raise ValueError(f"{type(module).__name__} holds no Hugging Face model, whose format this export has.")
+    # one that is the module itself has no name, and all others are in it
+    if len(found) > 1 and "" not in found:
+        raise ValueError(
+            f"{type(module).__name__} holds several Hugging Face models, {list(found)}, and a folder holds one: call"
+            " this for each of them with the model itself."
+        )
+    return next(iter(found.values()))
 
 
 def write_config(model: Any, config: Any, folder: Path) -> None:

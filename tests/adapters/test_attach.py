@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_cl.adapters import add_adapters
 from lightning_cl.quantization import quantize_base
-from llamas import LORA, logits, tiny_llama
+from llamas import LORA, TOKENS, logits, tiny_llama
 
 
 @pytest.mark.parametrize("config", [LORA, peft.LoraConfig(r=4, target_modules="all-linear")], ids=["dict", "config"])
@@ -55,6 +55,24 @@ def test_prompts_have_the_compute_dtype():
     adapted = add_adapters(quantize_base(tiny_llama()), prompts)
     assert {p.dtype for p in adapted.parameters() if p.requires_grad} == {torch.bfloat16}
     assert adapted(input_ids=torch.arange(8).view(1, 8)).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("mode", [None, "nf4"])
+def test_adapters_of_a_float16_model_are_float32(mode):
+    """As the scaler of gradients needs it; what PEFT does not cast around keeps the model's dtype, and computes."""
+    config = {**LORA, "target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["lm_head"]}
+    model = tiny_llama().to(torch.float16)
+    model = model if mode is None else quantize_base(model, mode=mode, compute_dtype=torch.float16)
+    adapted = add_adapters(model, config)
+    trainable = {name: p.dtype for name, p in adapted.named_parameters() if p.requires_grad}
+    assert {dtype for name, dtype in trainable.items() if "lora_" in name} == {torch.float32}
+    assert {dtype for name, dtype in trainable.items() if "lora_" not in name} == {torch.float16}
+    adapted(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    assert adapted(input_ids=TOKENS).logits.dtype == torch.float16
+    prompts = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 3}
+    prompted = add_adapters(tiny_llama().to(torch.float16), prompts)
+    assert {p.dtype for p in prompted.parameters() if p.requires_grad} == {torch.float16}
+    assert prompted(input_ids=TOKENS).logits.isfinite().all()
 
 
 def test_packed_layers_of_any_module_are_known_to_peft():

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from lightning_cl.adapters import AdapterSlots, add_adapters, export
 from lightning_cl.modules import CausalLM
@@ -239,6 +239,41 @@ def test_what_cannot_be_merged_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"holds no `peft.PeftModel`"):
         export(tiny_llama(), tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("into", ["dequantized", "original16"])
+def test_layers_of_gpt2_are_merged(into, tmp_path):
+    """Their weights are [in, out], and not of `nn.Linear`."""
+    torch.manual_seed(0)
+    sizes = {"n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=96, bos_token_id=0, eos_token_id=0, **sizes)).eval()
+    model.save_pretrained(tmp_path / "base")
+    lora = {**LORA, "target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}
+    model = add_adapters(model, lora).eval()
+    perturb(model)
+    export(model, tmp_path / "merged", into, base=tmp_path / "base" if into == "original16" else None)
+    loaded, start = (GPT2LMHeadModel.from_pretrained(tmp_path / name).eval() for name in ("merged", "base"))
+    with torch.no_grad():
+        expected = model(input_ids=TOKENS).logits
+        assert relative(loaded(input_ids=TOKENS).logits, expected) < 1e-6
+        assert relative(start(input_ids=TOKENS).logits, expected) > 0.01
+
+
+@pytest.mark.parametrize("into", ["factors", "dequantized"])
+def test_one_model_is_exported_at_a_time(into, tmp_path):
+    """A second one would be left out; given itself, each is written."""
+    pair = nn.ModuleDict({name: adapted(None, torch.float32, LORA) for name in ("student", "tutor")})
+    with pytest.raises(ValueError, match=r"several PEFT models, \['student', 'tutor'\].*the PeftModel itself"):
+        export(pair, tmp_path, into)
+    beside = nn.ModuleDict({"student": pair["student"], "plain": tiny_llama()})
+    if into == "dequantized":
+        with pytest.raises(ValueError, match=r"several Hugging Face models, \['student.base_model.model', 'plain'\]"):
+            export(beside, tmp_path, into)
+    assert list(tmp_path.iterdir()) == []
+    export(pair["tutor"], tmp_path, into)
+    if into == "factors":
+        export(beside, tmp_path / "beside")
+    assert (tmp_path / "config.json").exists() == (into == "dequantized")
 
 
 def test_settings_of_another_format_are_refused(tmp_path):

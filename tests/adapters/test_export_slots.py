@@ -18,12 +18,13 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertMod
 
 from language import LabelledRows, TokenRows
 from lightning_cl import TaskStreamDataModule
-from lightning_cl.adapters import AdapterSlots, CoLoR, Slot, export
+from lightning_cl.adapters import AdapterSlots, CoLoR, Slot, add_adapters, export
 from lightning_cl.datamodules import Predefined
 from lightning_cl.modules import CausalLM, SequenceClassifier
 from lightning_cl.quantization import load_quantized
 from llamas import LORA, TOKENS, save_llama, tiny_llama
 from ranks import Ranks
+from toys import ToyModule, toy_stream
 
 # PEFT 0.21 asks for it by the name that transformers 5.23 deprecates
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -136,6 +137,7 @@ def test_the_part_of_each_task_can_be_taken_out(tmp_path):
     assert record["state"]["centres"] == {"0": {"tensor": "centres.0"}}
     assert torch.equal(load_file(tmp_path / "adapter" / "slots.safetensors")["centres.0"], torch.arange(3.0))
     assert record["offsets"][LAYER] == [0, 3, 6]
+    assert record["trained"][LAYER] == {"default": ["lora_A", "lora_B", "mixing"], "past": []}
 
     plain = AdapterSlots(capacity=16)
     module = trained(plain, tmp_path / "base")
@@ -202,11 +204,47 @@ def test_the_head_of_a_classifier_goes_along(tmp_path):
         assert relative(merged(**batch).logits, expected) < 1e-6
 
 
+class Pair(ToyModule):
+    """Two PEFT models with layers "0" and "1.0"."""
+
+    def __init__(self) -> None:
+        super().__init__(learning_rate=1e-3)
+        for seed, name in enumerate(("first", "again_first")):
+            torch.manual_seed(seed)
+            inner = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Sequential(torch.nn.Linear(6, 4)))
+            self.add_module(name, add_adapters(inner, {"peft_type": "LORA", "r": 2, "target_modules": "all-linear"}))
+        del self.model
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return the sum of both."""
+        both: Tensor = self.first(inputs) + self.again_first(inputs)
+        return both
+
+
+def test_layers_are_found_by_their_whole_name(tmp_path):
+    """Not by its end, which other layers and other models share."""
+    module, callback = Pair(), AdapterSlots(capacity=8)
+    trainer = Trainer(accelerator="cpu", devices=1, max_epochs=2, callbacks=[callback], **QUIET)
+    trainer.fit(module, datamodule=toy_stream())
+    names = [f"{model}.base_model.model.{layer}" for model in ("first", "again_first") for layer in ("0", "1.0")]
+    assert sorted(callback.segments) == sorted(names)
+    callback.segments = {name: [0, number] for number, name in enumerate(names, 1)}
+    for model, lengths in (("first", (1, 2)), ("again_first", (3, 4))):
+        export(torch.nn.ModuleDict({model: getattr(module, model)}), tmp_path / model, slots=callback)
+        record = json.loads((tmp_path / model / "slots.json").read_text())
+        assert record["offsets"] == {"0": [0, lengths[0]], "1.0": [0, lengths[1]]}
+    # without a name it may be either
+    with pytest.raises(ValueError, match=r"learned with \['first\.base_model\.model\.0', 'again_first.*ModuleDict"):
+        export(module.first, tmp_path / "unnamed", slots=callback)
+    callback.segments = {name: [0] for name in names[:2]}
+    export(module.first, tmp_path / "unnamed", slots=callback)
+
+
 def test_a_callback_of_another_model_is_refused(tmp_path):
     """Its offsets would be wrong."""
     save_llama(tmp_path / "base")
     module = trained(AdapterSlots(capacity=8), tmp_path / "base", tasks=0)
-    with pytest.raises(ValueError, match=r"has not learned with the layer 'model.layers.0.self_attn.q_proj'"):
+    with pytest.raises(ValueError, match=r"has not learned with the layer 'network.*model.layers.0.self_attn.q_proj'"):
         export(module, tmp_path / "adapter", slots=AdapterSlots(capacity=8))
     assert not (tmp_path / "adapter").exists()
 

@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_cl.adapters import add_adapters
 from lightning_cl.core.adapters import adapters_disabled, has_adapters
+from lightning_cl.core.teacher import Teacher
+from llamas import tiny_llama
 from toys import LoraToy, ToyModule
 
 
@@ -55,6 +58,19 @@ def test_merged_adapters_are_refused() -> None:
     module.model.merge_adapter()
     with pytest.raises(ValueError, match="merged into the base"), adapters_disabled(module):
         pass
+
+
+@pytest.mark.parametrize("kind", ["PROMPT_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT"])
+def test_prompts_of_peft_are_refused(kind: str) -> None:
+    """They are outside of the layers that have a switch, and would go on acting."""
+    settings = {"adapter_len": 2, "adapter_layers": 1} if kind == "ADAPTION_PROMPT" else {"num_virtual_tokens": 2}
+    model = add_adapters(tiny_llama(), {"peft_type": kind, "task_type": "CAUSAL_LM", **settings})
+    assert has_adapters(nn.ModuleList([model]))
+    with pytest.raises(ValueError, match=rf"PEFT's {kind} acts outside.*`L2P`"), adapters_disabled(model):
+        pass
+    # a teacher says so before the first step
+    with pytest.raises(ValueError, match=rf"PEFT's {kind} acts outside.*`teacher='pretrained'`"):
+        Teacher("base", owner="LwF").start_fit(model, inside_task=False)
 
 
 def test_finds_adapters() -> None:

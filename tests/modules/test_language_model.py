@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
 from language import LLAMA, LORA, TokenRows, built, llama, token_stream
@@ -87,6 +88,23 @@ def test_gradients_are_clipped_under_autocast(tmp_path: Path) -> None:
     run = trainer(tmp_path, max_steps=1, precision="bf16-mixed", gradient_clip_val=1.0)
     run.fit(llama(), datamodule=token_stream())
     assert run.global_step == 1
+
+
+def test_float16_trains_adapters_with_a_scaler_or_says_why_not(tmp_path: Path) -> None:
+    """Adapters of a float16 base are float32; a whole head in float16 is refused before the first step."""
+
+    def run() -> Any:
+        plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=16.0))
+        return trainer(tmp_path, max_steps=1, plugins=[plugin], gradient_clip_val=1.0)
+
+    module = llama(adapter=LORA, dtype="float16")
+    run().fit(module, datamodule=token_stream())
+    factors = {name: p for name, p in module.named_parameters() if "lora_B" in name}
+    assert factors
+    assert all(p.dtype == torch.float32 and bool(p.abs().sum() > 0) for p in factors.values())
+    whole = llama(adapter={**LORA, "modules_to_save": ["lm_head"]}, dtype="float16")
+    with pytest.raises(ValueError, match=r"'16-mixed'` scales gradients.*lm_head.*`dtype='bfloat16'`"):
+        run().fit(whole, datamodule=token_stream())
 
 
 def test_int8_is_not_sharded() -> None:
