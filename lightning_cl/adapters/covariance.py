@@ -19,7 +19,17 @@ from lightning_cl.core.task_data import task_batches
 from lightning_cl.functional.gpm import add_gram_
 from lightning_cl.functional.subspaces import exact_dtype
 
-__all__ = ["InputSums", "by_identity", "covariance_dtype", "input_covariances", "write_rows"]
+__all__ = [
+    "InputSums",
+    "by_identity",
+    "check_features",
+    "covariance_dtype",
+    "input_covariances",
+    "loaded_by_identity",
+    "read_batch",
+    "saved_by_identity",
+    "write_rows",
+]
 
 # a matrix of float64 has 32 MB then; of the wider ones float32 halves what is much
 _EXACT_UP_TO = 2048
@@ -173,6 +183,53 @@ def by_identity(values: Mapping[str, _Value], also: Mapping[str, object] | None 
     for name, value in values.items():
         groups.setdefault((id(value), id(also.get(name)) if also else 0), []).append(name)
     return list(groups.values())
+
+
+def saved_by_identity(values: Mapping[str, _Value], save: Callable[[_Value], dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return what ``save`` makes of each object for a checkpoint, once for all layers that share it."""
+    return [{"layers": names} | save(values[names[0]]) for names in by_identity(values)]
+
+
+def loaded_by_identity(saved: list[dict[str, Any]], load: Callable[[dict[str, Any]], _Value]) -> dict[str, _Value]:
+    """Return what ``load`` makes of what :func:`saved_by_identity` returned, by the name of the layer."""
+    values: dict[str, _Value] = {}
+    for entry in saved:
+        values |= dict.fromkeys(entry["layers"], load(entry))
+    return values
+
+
+def check_features(user: str, what: str, found: Mapping[str, int], slots: Mapping[str, Slot]) -> None:
+    """Refuse what a callback knows of the inputs of other layers.
+
+    Args:
+        user: The callback, for errors.
+        what: What it knows, for errors.
+        found: The features that it knows of, by the name of the layer.
+        slots: The layers.
+
+    Raises:
+        ValueError: If there is a layer that it does not know, or knows with other features.
+    """
+    for name, slot in slots.items():
+        if found.get(name) != slot.layer.in_features:
+            known = f"a {what} of {found[name]} features" if name in found else f"no {what}"
+            raise ValueError(
+                f"`{user}` has {known} for {name!r}, which has {slot.layer.in_features}. Go on with the model of the"
+                " run before."
+            )
+
+
+def read_batch(
+    pl_module: LightningModule, slots: Mapping[str, Slot], adapter: BatchAdapter, batch: Any, kept: Callable[[], Any]
+) -> Callable[[], Any]:
+    """Return what takes the memory of a pass, for a footprint: sums of one batch, and what is kept beside them."""
+
+    def collect() -> Any:
+        # a mask has no values here that tell how much it leaves
+        sums = InputSums(slots, pl_module.device).read(pl_module, adapter, [batch], padding=True)
+        return kept(), sums
+
+    return collect
 
 
 def write_rows(

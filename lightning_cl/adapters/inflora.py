@@ -10,7 +10,15 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_cl.adapters.covariance import InputSums, by_identity, input_covariances, write_rows
+from lightning_cl.adapters.covariance import (
+    by_identity,
+    check_features,
+    input_covariances,
+    loaded_by_identity,
+    read_batch,
+    saved_by_identity,
+    write_rows,
+)
 from lightning_cl.adapters.slot import Slot
 from lightning_cl.adapters.slots import AdapterSlots
 from lightning_cl.core.batches import BatchAdapter
@@ -21,7 +29,7 @@ from lightning_cl.core.shared_work import share_out
 from lightning_cl.core.task import Task
 from lightning_cl.functional.gpm import extend_basis
 from lightning_cl.functional.inflora import leading_directions, memory_threshold
-from lightning_cl.functional.subspaces import Subspace
+from lightning_cl.functional.subspaces import Subspace, exact_dtype
 
 __all__ = ["InfLoRA"]
 
@@ -67,6 +75,7 @@ class InfLoRA(AdapterSlots):
         needs="a PEFT model with LoRA",
         state="capacity ranks for each adapted layer, and up to d²/2 numbers for each different input of d features",
     )
+    starts_itself: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -105,13 +114,8 @@ class InfLoRA(AdapterSlots):
         super().on_train_start(trainer, pl_module)
         if not self.memory:
             return
-        for name, slot in self.slots.items():
-            found = self.memory[name].matrix.shape[1] if name in self.memory else None
-            if found != slot.layer.in_features:
-                raise ValueError(
-                    f"`InfLoRA` has {'no memory' if found is None else f'a memory of inputs of {found} features'} for"
-                    f" {name!r}, which has {slot.layer.in_features}. Go on with the model of the run before."
-                )
+        features = {name: subspace.matrix.shape[1] for name, subspace in self.memory.items()}
+        check_features("InfLoRA", "memory", features, self.slots)
         moved = {id(subspace): self._on_device(subspace, pl_module.device) for subspace in self.memory.values()}
         self.memory = {name: moved[id(subspace)] for name, subspace in self.memory.items()}
 
@@ -162,8 +166,8 @@ class InfLoRA(AdapterSlots):
     def _basis(self, name: str, covariance: Tensor) -> Tensor:
         """Return M of a layer, ``[d, k]``."""
         if name not in self.memory:
-            return covariance.new_zeros(len(covariance), 0)
-        return self.memory[name].bases()[0].to(covariance)
+            return covariance.new_zeros(len(covariance), 0, dtype=exact_dtype(covariance.device))
+        return self.memory[name].bases()[0].to(covariance.device)
 
     @staticmethod
     def _on_device(subspace: Subspace, device: torch.device) -> Subspace:
@@ -192,34 +196,28 @@ class InfLoRA(AdapterSlots):
         others = super().footprint(trainer, pl_module, batch)
         lengths = [slot.layer.in_features for slot in self.slots.values()]
 
-        def collect() -> Any:
-            # a mask has no values here that tell how much it leaves
-            sums = InputSums(self.slots, pl_module.device).read(pl_module, self.adapter, [batch], padding=True)
-            return [torch.empty(1, d, d // 2, device=pl_module.device) for d in lengths], sums
+        def bases() -> Any:
+            return [torch.empty(1, d, d // 2, device=pl_module.device) for d in lengths]
 
         # at its largest, with half of the dimensions in each memory, as if no layers shared one
         kept = sum(length * (length // 2) * torch.float32.itemsize for length in lengths)
+        collect = read_batch(pl_module, self.slots, self.adapter, batch, bases)
         return Footprint(device=others.device + kept, host=others.host, task_end=collect)
 
     # ------------------------------------------------------------------ checkpoints
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        memory = [
-            {
-                "layers": names,
-                "matrix": self.memory[names[0]].matrix.cpu().clone(),
-                "complement": self.memory[names[0]].complement,
-            }
-            for names in by_identity(self.memory)
-        ]
-        return super().state_dict() | {"memory": memory}
+        def save(subspace: Subspace) -> dict[str, Any]:
+            return {"matrix": subspace.matrix.cpu().clone(), "complement": subspace.complement}
+
+        return super().state_dict() | {"memory": saved_by_identity(self.memory, save)}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        self.memory = {}
-        for saved in state_dict["memory"]:
+        def load(saved: dict[str, Any]) -> Subspace:
             # a copy, because the tensor may be mapped from a file
-            subspace = Subspace(torch.as_tensor(saved["matrix"]).clone(), saved["complement"])
-            self.memory |= dict.fromkeys(saved["layers"], subspace)
+            return Subspace(torch.as_tensor(saved["matrix"]).clone(), saved["complement"])
+
+        super().load_state_dict(state_dict)
+        self.memory = loaded_by_identity(state_dict["memory"], load)

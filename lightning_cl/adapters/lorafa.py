@@ -54,6 +54,7 @@ class LoRAFA(AdapterSlots):
         state="r ranks for each adapted layer, in the module",
     )
     starts_first: ClassVar[bool] = True
+    starts_itself: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -110,6 +111,9 @@ class LoRAFA(AdapterSlots):
         if not self.shared:
             super().absorb(slot, down, up, extends=extends)
             return
-        _, total = slot.weights(slot.past)
-        slot.write(slot.past, down, total + up)
+        # of the largest rank of all layers
+        past_down, past_up = slot.weights(slot.past)
+        past_down[: len(down)] = down
+        past_up[:, : len(down)] += up
+        slot.write(slot.past, past_down, past_up)
         self.segments[slot.name] = [0, len(down)]

@@ -109,6 +109,9 @@ class OLoRA(AdapterSlots):
                 continue
             past = slot.parameters(slot.past)["lora_A"].detach()
             rows = past.full_tensor()[:used].clone() if isinstance(past, DTensor) else past[:used]
+            if not rows.any(1).all():
+                # an approximation of a lower rank than the capacity leaves zeros, which would count in the mean
+                rows = rows[rows.any(1)]
             # a mean over the rows of all ranks and over layers
             parts = slot.rank(slot.current) * len(self.slots) if self.form == "cosine" else 1
             new = slot.parameters(slot.current)["lora_A"]

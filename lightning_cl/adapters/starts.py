@@ -10,8 +10,16 @@ from torch import Tensor
 from torch.nn.functional import pad
 from typing_extensions import override
 
-from lightning_cl.adapters.covariance import InputSums, by_identity, covariance_dtype, input_covariances, write_rows
-from lightning_cl.adapters.inflora import InfLoRA
+from lightning_cl.adapters.covariance import (
+    by_identity,
+    check_features,
+    covariance_dtype,
+    input_covariances,
+    loaded_by_identity,
+    read_batch,
+    saved_by_identity,
+    write_rows,
+)
 from lightning_cl.adapters.slot import Slot
 from lightning_cl.adapters.slots import AdapterSlots
 from lightning_cl.core.batches import BatchAdapter
@@ -92,21 +100,16 @@ class AdapterStart(ContinualCallback):
                 f"`AdapterStart({self.kind!r})` starts the adapters of `AdapterSlots` or a method built on it, and the"
                 " Trainer has none: put it beside one."
             )
-        kind = type(found[0])
-        if isinstance(found[0], InfLoRA) or kind.start is not AdapterSlots.start:
-            raise ValueError(f"`{kind.__name__}` chooses itself where its adapters start: leave `AdapterStart` out.")
+        if found[0].starts_itself:
+            name = type(found[0]).__name__
+            raise ValueError(f"`{name}` chooses itself where its adapters start: leave `AdapterStart` out.")
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.context:
             return
-        for name, slot in _slots(trainer).items():
-            found = len(self.context[name]) if name in self.context else None
-            if found != slot.layer.in_features:
-                raise ValueError(
-                    f"`AdapterStart` has {'no context' if found is None else f'a context of {found} features'} for"
-                    f" {name!r}, which has {slot.layer.in_features}. Go on with the model of the run before."
-                )
+        features = {name: len(total) for name, total in self.context.items()}
+        check_features("AdapterStart", "context", features, _slots(trainer))
 
     # ------------------------------------------------------------------ tasks
 
@@ -164,28 +167,23 @@ class AdapterStart(ContinualCallback):
         slots, device = _slots(trainer), pl_module.device
         lengths = [slot.layer.in_features for slot in slots.values()] if self.kind == "corda" else []
 
-        def collect() -> Any:
-            # a mask has no values here that tell how much it leaves
-            sums = InputSums(slots, device).read(pl_module, self.adapter, [batch], padding=True)
-            return [torch.empty(d, d, dtype=covariance_dtype(d, device), device=device) for d in lengths], sums
+        def sums() -> Any:
+            return [torch.empty(d, d, dtype=covariance_dtype(d, device), device=device) for d in lengths]
 
         # as if no layers shared their inputs
         kept = sum(length**2 * covariance_dtype(length, device).itemsize for length in lengths)
-        return Footprint(device=kept, task_end=collect)
+        return Footprint(device=kept, task_end=read_batch(pl_module, slots, self.adapter, batch, sums))
 
     # ------------------------------------------------------------------ checkpoints
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        groups = by_identity(self.context)
-        return {"context": [{"layers": names, "sum": self.context[names[0]].cpu().clone()} for names in groups]}
+        return {"context": saved_by_identity(self.context, lambda total: {"sum": total.cpu().clone()})}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.context = {}
-        for saved in state_dict["context"]:
-            # a copy, because the tensor may be mapped from a file
-            self.context |= dict.fromkeys(saved["layers"], torch.as_tensor(saved["sum"]).clone())
+        # copies, because the tensors may be mapped from a file
+        self.context = loaded_by_identity(state_dict["context"], lambda saved: torch.as_tensor(saved["sum"]).clone())
 
 
 def _slots(trainer: Trainer) -> dict[str, Slot]:

@@ -174,6 +174,11 @@ class SpikeMonitor(ContinualCallback):
             # the next fit may train other parameters
             self._snapshot.clear()
 
+    @override
+    def on_weights_rewritten(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # it holds trainable weights, and what was folded into frozen ones would count twice
+        self._snapshot.clear()
+
     def _ignores_boundaries(self, trainer: Trainer) -> bool:
         stream = trainer.datamodule  # type: ignore[attr-defined]
         return self.on_loss_spike != "log" and isinstance(stream, TaskStream) and stream.hides_boundaries
@@ -258,7 +263,7 @@ class SpikeMonitor(ContinualCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # after all that other callbacks do to the weights around a step
-        if self._action == "rollback":
+        if self._action == "rollback" and self._snapshot.step is not None:
             self._snapshot.restore(pl_module, trainer.optimizers[0])
         self._action = "log"
 

@@ -314,6 +314,10 @@ class StoredSamples(ContinualCallback):
             capacity = self.buffer.capacity_bytes * size // max(payload, 1)
         return -(-capacity // trainer.world_size)
 
+    def number_of_task(self, trainer: Trainer, task: Task) -> int:
+        """Return the number by which the memory knows the samples of the running task."""
+        return task.index
+
     # ------------------------------------------------------------------ checkpoints
 
     @override

@@ -18,6 +18,8 @@ __all__ = ["add_gram_", "empty_gram", "extend_basis", "input_shape"]
 
 # elements of the patches of a convolution that exist at a time: 128 MB in float64
 _PATCHES = 1 << 24
+# sums of rows that span less show eigenvalues of up to one epsilon of their norm where they should be 0
+_ROUNDING = 16
 
 
 def input_shape(layer: nn.Linear | nn.Conv2d, *, constant: bool) -> tuple[int, int]:
@@ -70,12 +72,16 @@ def extend_basis(basis: Tensor, gram: Tensor, threshold: float) -> Tensor:
 
     .. math:: \| M M^\top R \|_F^2 + \| \hat R_k \|_F^2 \ge \epsilon \, \| R \|_F^2 .
 
-    Directions without energy beyond rounding are never added, so a threshold of 1 gives the span of the inputs.
+    Directions without energy beyond rounding, of the inputs to float32 or of the sum to its dtype, are never added, so
+    a threshold of 1 gives the span of the inputs. The decomposition is one in float64 where the device has it.
 
     Args:
         basis: Orthonormal columns M, ``[d, r]``.
-        gram: :math:`R R^\top`, ``[d, d]``, in float64 where the device has it.
+        gram: :math:`R R^\top`, ``[d, d]``, summed in float64 or float32.
         threshold: :math:`\epsilon`, from 0 to 1.
+
+    Returns:
+        Columns ``[d, r + k]`` in the dtype of ``basis``.
 
     Example:
         >>> gram = torch.diag(torch.tensor([1.0, 9.0, 90.0]))
@@ -86,13 +92,16 @@ def extend_basis(basis: Tensor, gram: Tensor, threshold: float) -> Tensor:
         >>> extend_basis(torch.zeros(3, 0), gram, threshold=0.91).shape
         torch.Size([3, 2])
     """
-    free = complement_basis(basis)
+    # what rounding adds grows neither with d nor with the trace
+    rounding = _ROUNDING * max(torch.finfo(gram.dtype).eps, torch.finfo(torch.float32).eps ** 2)
+    gram = gram.to(exact_dtype(gram.device))
+    free = complement_basis(basis.to(gram))
     energies, vectors = torch.linalg.eigh(free.T @ gram @ free)
     energies, vectors = energies.flip(0).clamp(min=0), vectors.flip(1)
     total = gram.trace()
     before = total - energies.sum() + energies.cumsum(0) - energies
-    wanted = (before < threshold * total) & (energies > total * len(gram) * torch.finfo(gram.dtype).eps)
-    return torch.cat([basis, free @ vectors[:, : int(wanted.sum())]], dim=1)
+    wanted = (before < threshold * total) & (energies > rounding * torch.linalg.matrix_norm(gram))
+    return torch.cat([basis, (free @ vectors[:, : int(wanted.sum())]).to(basis.dtype)], dim=1)
 
 
 def _patches(layer: nn.Conv2d, images: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_cl.functional.subspaces import complement_basis
+from lightning_cl.functional.subspaces import complement_basis, exact_dtype
 
 __all__ = ["leading_directions", "memory_threshold"]
 
@@ -23,6 +23,9 @@ def leading_directions(basis: Tensor, covariance: Tensor, rank: int) -> Tensor:
         covariance: C, ``[d, d]``, of any scale.
         rank: Rows to return.
 
+    Returns:
+        Rows in the dtype of ``covariance``, decomposed in float64 where the device has it.
+
     Example:
         >>> covariance = torch.diag(torch.tensor([9.0, 4.0, 1.0]))
         >>> leading_directions(torch.zeros(3, 0), covariance, rank=1).abs()
@@ -30,9 +33,10 @@ def leading_directions(basis: Tensor, covariance: Tensor, rank: int) -> Tensor:
         >>> leading_directions(torch.eye(3)[:, :1], covariance, rank=1).abs()  # the first direction is taken
         tensor([[0., 1., 0.]])
     """
-    free = complement_basis(basis)
-    vectors = torch.linalg.eigh(free.mT @ covariance @ free).eigenvectors.flip(1)
-    rows = (free @ vectors[:, :rank]).mT
+    exact = exact_dtype(covariance.device)
+    free = complement_basis(basis.to(covariance.device, exact))
+    vectors = torch.linalg.eigh(free.mT @ covariance.to(exact) @ free).eigenvectors.flip(1)
+    rows = (free @ vectors[:, :rank]).mT.to(covariance.dtype)
     return torch.nn.functional.pad(rows, (0, 0, 0, rank - len(rows)))
 
 

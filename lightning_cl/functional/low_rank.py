@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_cl.functional.subspaces import exact_dtype
 
-__all__ = ["product_norm", "truncate_factors"]
+__all__ = ["product_norm", "truncate_factors", "wide"]
 
 
 @torch.no_grad()
@@ -39,14 +39,16 @@ def truncate_factors(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tenso
     exact = exact_dtype(down.device)
     left, right = torch.linalg.qr(up.to(exact)), torch.linalg.qr(down.to(exact).mT)
     vectors, values, covectors = torch.linalg.svd(left.R @ right.R.mT, full_matrices=False)
-    kept = min(rank, len(values))
+    # the others are rounding of zeros
+    real = values > values.max() * max(len(up), down.shape[1]) * torch.finfo(exact).eps
+    kept = min(rank, int(real.sum()))
     root = values[:kept].sqrt()
     new_down = down.new_zeros(rank, down.shape[1])
     new_up = up.new_zeros(up.shape[0], rank)
     new_down[:kept] = (root[:, None] * (covectors[:kept] @ right.Q.mT)).to(down.dtype)
     new_up[:, :kept] = (left.Q @ vectors[:, :kept] * root).to(up.dtype)
     total = float(values.square().sum())
-    lost = float(values[kept:].square().sum())
+    lost = float(values[rank:].square().sum())
     return new_down, new_up, (lost / total) ** 0.5 if total else 0.0
 
 
@@ -68,3 +70,8 @@ def product_norm(down: Tensor, up: Tensor) -> Tensor:
     exact = exact_dtype(down.device)
     down, up = down.to(exact), up.to(exact)
     return ((up.mT @ up) * (down @ down.mT)).sum().clamp(min=0).sqrt()
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Return a tensor in float32, or as it is if its dtype is wider."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from lightning_cl.functional.low_rank import wide
+
 __all__ = ["OrthogonalityForm", "orthogonality_gradient_", "orthogonality_penalty"]
 
 OrthogonalityForm = Literal["squared", "absolute", "cosine"]
@@ -46,7 +48,7 @@ def orthogonality_penalty(new: Tensor, past: Tensor, form: OrthogonalityForm = "
         >>> orthogonality_penalty(new, past, "cosine")
         tensor(0.5000)
     """
-    new, past = _wide(new), _wide(past)
+    new, past = wide(new), wide(past)
     if form == "cosine":
         cosines = normalize(new, dim=1) @ normalize(past, dim=1).mT
         return cosines.square().sum() / max(len(past), 1)
@@ -82,7 +84,7 @@ def orthogonality_gradient_(
         >>> gradient
         tensor([[12.,  0.]])
     """
-    new, past = _wide(new), _wide(past)
+    new, past = wide(new), wide(past)
     if form == "squared":
         gradient.add_((new @ past.mT) @ past, alpha=2 * strength)
     elif form == "absolute":
@@ -94,7 +96,3 @@ def orthogonality_gradient_(
         norms = new.norm(dim=1, keepdim=True)
         turned = torch.where(norms > 0, turned / norms, 0.0)
         gradient.add_(turned, alpha=2 * strength / max(len(past), 1))
-
-
-def _wide(rows: Tensor) -> Tensor:
-    return rows.to(torch.promote_types(rows.dtype, torch.float32))

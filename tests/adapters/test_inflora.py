@@ -195,7 +195,7 @@ def test_another_model_is_refused(tmp_path):
     method = InfLoRA(final_threshold=0.95)
     fit(tmp_path, method, LoraToy(), toy_loaders()[0])
     method.memory[FIRST] = method.memory[SECOND]
-    with pytest.raises(ValueError, match=r"a memory of inputs of 8 features.*model.0', which has 6"):
+    with pytest.raises(ValueError, match=r"a memory of 8 features.*model.0', which has 6"):
         fit(tmp_path, method, LoraToy(), toy_loaders()[1])
     del method.memory[FIRST]
     with pytest.raises(ValueError, match=r"no memory for 'model.base_model.model.0'"):

@@ -194,3 +194,21 @@ def _of_rank(rank: int) -> LoraToy:
     module = LoraToy(learning_rate=0.001)
     module.model = get_peft_model(module.model.unload(), LoraConfig(r=rank, lora_alpha=4, target_modules=["0", "3"]))
     return module
+
+
+def test_layers_of_unequal_rank(tmp_path: Path) -> None:
+    """The past slots have the largest; the rest of a smaller one stays zero, and no boundary changes a weight."""
+    from peft import LoraConfig, get_peft_model
+
+    module, noted, method = LoraToy(learning_rate=0.02), Tasks(), LoRAFA()
+    config = LoraConfig(r=4, lora_alpha=4, target_modules=["0", "3"], rank_pattern={"0": 2})
+    module.model = get_peft_model(module.model.unload(), config)
+    fit_stream(tmp_path, [method, noted], module=module)
+    assert method.segments == {LAYERS[0]: [0, 2], LAYERS[1]: [0, 4]}
+    # two epochs a task
+    past_down, past_up = noted.past[-1]
+    assert past_down.shape[0] == 4
+    assert torch.equal(past_up[:, :2], noted.factors[1][1] + noted.factors[3][1])
+    assert not past_up[:, 2:].any()
+    for before, after in zip(noted.before[1::2], noted.after, strict=True):
+        torch.testing.assert_close(after, before, rtol=0, atol=1e-6)

@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
 from lightning_cl import AdapterSlots, FSDP2Strategy, OLoRA
+from lightning_cl.datamodules import ClassIncremental
 from lightning_cl.functional import orthogonality_penalty
 from lightning_cl.functional.olora import OrthogonalityForm
 from ranks import Ranks
@@ -305,3 +306,25 @@ def test_two_ranks(tmp_path: Path) -> None:
         assert device == 4 * 8 * (6 + 8)
         assert found == pytest.approx(expected, rel=1e-5)
     ranks.close()
+
+
+def test_zeros_of_an_approximation_do_not_weaken_the_cosines(tmp_path: Path) -> None:
+    """The mean is over rows that hold something: B of the second task never trained."""
+
+    class Idle(LoraToy):
+        """Learns in the first task only."""
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx) * float(self.current_task.index == 0)
+
+    method, found = OLoRA(1.0, form="cosine", capacity=3), {}
+
+    class Look(Callback):
+        def on_train_epoch_end(self, trainer: Any, pl_module: LightningModule) -> None:
+            found.update({name: pair.past for name, pair in method._pairs.items()})
+
+    stream = toy_stream(scenario=ClassIncremental(n_tasks=3), epochs_per_task=1)
+    fit_stream(tmp_path, [method, Look()], module=Idle(), stream=stream)
+    assert method.segments[LAYERS[0]] == [0, 3]
+    assert {len(rows) for rows in found.values()} == {2}
+    assert all(rows.any(1).all() for rows in found.values())

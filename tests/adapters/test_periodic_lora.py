@@ -14,7 +14,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from lightning_cl import AdapterSlots, PeriodicLoRA
+from lightning_cl import AdapterSlots, PeriodicLoRA, SpikeMonitor
+from lightning_cl.adapters import AdapterStart
 from toys import LoraToy, fit_stream, toy_stream, weights
 
 LAYERS = ("model.base_model.model.0", "model.base_model.model.3")
@@ -35,11 +36,13 @@ class Watch(Callback):
         self.seen.append(self.look(trainer, pl_module))
 
 
-def looked_at(tmp_path: Path, method: AdapterSlots, look: Callable[..., Any], **settings: Any) -> tuple[list[Any], ...]:
+def looked_at(
+    tmp_path: Path, method: AdapterSlots, look: Callable[..., Any], after: Any = (), **settings: Any
+) -> tuple[list[Any], ...]:
     """What is there before and after the method's turn, at each batch of a stream of six steps a task."""
-    before, after = Watch(look), Watch(look)
-    fit_stream(tmp_path, [before, method, after], **({"module": LoraToy(learning_rate=0.02)} | settings))
-    return before.seen, after.seen
+    before, last = Watch(look), Watch(look)
+    fit_stream(tmp_path, [before, method, last, *after], **({"module": LoraToy(learning_rate=0.02)} | settings))
+    return before.seen, last.seen
 
 
 def restarts(trainer: Any, pl_module: LightningModule) -> int:
@@ -182,3 +185,37 @@ def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: st
     """When it is built."""
     with pytest.raises(ValueError, match=message):
         PeriodicLoRA(**settings)
+
+
+class Spoil(LoraToy):
+    """One batch of the task has a loss that is not finite; the step is left out."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss * float("inf") if self.global_step == 4 else loss
+
+
+@pytest.mark.filterwarnings("ignore:`SpikeMonitor`")
+@pytest.mark.parametrize("every", [4, 3])
+def test_a_rollback_counts_nothing_twice(every: int, tmp_path: Path) -> None:
+    """What a restart has folded stays folded once: an older snapshot is forgotten."""
+    monitor = SpikeMonitor(on_loss_spike="rollback", snapshot_every=100)
+    before, _ = looked_at(
+        tmp_path,
+        PeriodicLoRA(every, capacity=12),
+        lambda _, m: weights(m),
+        module=Spoil(learning_rate=0.02),
+        after=[monitor],
+    )
+    assert [event["step"] for event in monitor.events] == [4]
+    # right after a restart there is nothing to return to; one step later it is what the restart left
+    assert monitor.events[0]["action"] == ("skip" if every == 4 else "rollback")
+    torch.testing.assert_close(before[5], before[4] if every == 4 else before[3], rtol=0, atol=1e-6)
+
+
+def test_goes_with_a_start_for_each_task(tmp_path: Path) -> None:
+    """Rows of a task's start are orthonormal, those of a restart are random."""
+    _, after = looked_at(tmp_path, PeriodicLoRA(3, capacity=12), factors, after=[AdapterStart("orthogonal")])
+    for step, orthonormal in ((0, True), (3, False), (6, True), (9, False)):
+        down = after[step][0]
+        assert torch.allclose(down @ down.mT, torch.eye(2), atol=1e-5) == orthonormal

@@ -14,7 +14,7 @@ def test_probabilities_are_inverse_to_squared_norms() -> None:
     columns, rows = inverted_probabilities(weight)
     for found, norms in ((columns, weight.norm(dim=0)), (rows, weight.norm(dim=1))):
         expected = norms.pow(-2)
-        torch.testing.assert_close(found, expected / expected.sum())
+        torch.testing.assert_close(found, (expected / expected.sum()).double(), rtol=1e-5, atol=0)
 
 
 def test_probabilities_of_a_wide_weight_are_not_uniform() -> None:
@@ -29,8 +29,19 @@ def test_probabilities_of_tiny_weights() -> None:
     """Scale has no effect, and zeros are never drawn."""
     weight = torch.tensor([[1.0, 2.0, 0.0], [3.0, 1.0, 0.0]])
     for found, expected in zip(inverted_probabilities(weight * 1e-18), inverted_probabilities(weight), strict=True):
-        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
     assert inverted_probabilities(weight)[0][2] == 0
+
+
+def test_a_column_of_nearly_zero_leaves_the_others_a_probability() -> None:
+    """In float32 theirs would be 0, and a weight of full rank would be taken for one of a single column."""
+    weight = torch.tensor([[1e-30, 1.0], [1.0, 2.0]])
+    weight[1, 0] = 0
+    for found in inverted_probabilities(weight):
+        assert (found > 0).all()
+    down, up = sample_columns_and_rows(weight, 2, torch.Generator())
+    assert torch.equal(down, weight)
+    assert torch.equal(up, weight)
 
 
 def test_factors_are_columns_and_rows_of_the_weight() -> None:

@@ -107,3 +107,23 @@ def test_every_position_counts_but_padding() -> None:
     everything = inputs.flatten(0, 1).double()
     for mask in (None, present[:, :3]):
         torch.testing.assert_close(add_gram_(gram.clone(), layer, inputs, mask)[0], everything.T @ everything)
+
+
+def test_wide_sums_in_float32_reach_the_threshold() -> None:
+    """Where few large directions stand before many small ones, which hold the rest of the energy together."""
+    gram = torch.diag(torch.tensor([100.0] * 2 + [0.01] * 598))
+    basis = extend_basis(torch.zeros(600, 0), gram, 0.99)
+    # of 5.98, all but a hundredth of 205.98
+    assert basis.shape == (600, 2 + 393)
+    assert basis.dtype == torch.float32
+
+
+def test_rounding_of_a_float32_sum_is_no_direction() -> None:
+    """Inputs that span 20 of 200 dimensions, summed in float32 over batches."""
+    inputs = torch.randn(4096, 20, dtype=torch.float64) @ torch.randn(20, 200, dtype=torch.float64)
+    layer, gram = nn.Linear(200, 1, bias=False), torch.zeros(1, 200, 200)
+    for rows in inputs.float().split(64):
+        add_gram_(gram, layer, rows)
+    basis = extend_basis(torch.zeros(200, 0), gram[0], 1.0)
+    assert basis.shape == (200, 20)
+    assert torch.equal(extend_basis(basis, gram[0], 1.0), basis)

@@ -61,3 +61,13 @@ def test_norm_of_a_product() -> None:
     down, up = factors(3)
     torch.testing.assert_close(product_norm(down, up), (up @ down).norm())
     torch.testing.assert_close(product_norm(down.bfloat16(), up), (up @ down.bfloat16().double()).norm())
+
+
+def test_a_product_of_lower_rank_leaves_zeros() -> None:
+    """Also where the factors have more rows than it has, and their rounding would show."""
+    down = torch.randn(3, 10)
+    down, up = torch.cat([down, down, torch.randn(2, 10)]), torch.cat([torch.randn(7, 6), torch.zeros(7, 2)], 1)
+    new_down, new_up, error = truncate_factors(down, up, 5)
+    assert new_down.any(1).tolist() == new_up.any(0).tolist() == [True] * 3 + [False] * 2
+    assert error < 1e-12
+    torch.testing.assert_close(new_up @ new_down, up @ down)
