@@ -96,7 +96,7 @@ class Distillation(ContinualCallback):
             self._checked = True
 
     @override
-    def on_task_start(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
+    def before_task_start(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
         # not at the end of the task before: other callbacks may still change its weights there
         if self._keeps:
             self.teaching.start_task(pl_module, first=self.completed_tasks == 0)

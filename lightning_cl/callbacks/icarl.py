@@ -114,9 +114,13 @@ class ICaRL(NearestMeanReplay):
         self._columns, self._checked_scores = None, False
 
     @override
+    def before_task_start(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
+        super().before_task_start(trainer, pl_module, task)
+        self._teacher.start_task(pl_module, first=self.completed_tasks == 0)
+
+    @override
     def on_task_start(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
         super().on_task_start(trainer, pl_module, task)
-        self._teacher.start_task(pl_module, first=self.completed_tasks == 0)
         self._known.start_task(task)
         self._columns, self._checked_scores = None, False
 

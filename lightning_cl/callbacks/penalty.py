@@ -79,9 +79,10 @@ class QuadraticPenalty(SelectsParameters):
 
     @override
     def change_gradients(self, trainer: Trainer, pl_module: LightningModule, step: OptimizerStep) -> None:
-        if not self._held:
-            return
+        # also while there is nothing to hold: what was replaced could not be measured when the task ends
         parameters, anchors, importance = self._owned_by(step)
+        if not parameters:
+            return
         if not all(parameter.requires_grad for parameter in parameters):
             # the penalty does not move what was frozen since the fit began
             free = [row for row, parameter in enumerate(parameters) if parameter.requires_grad]

@@ -73,11 +73,20 @@ class ContinualCallback(Callback):
         """
         return False
 
+    def before_task_start(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
+        """Called before the module's layers and ``on_task_start`` of any callback change something for a task."""
+
     def on_task_start(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
-        """Called before the first batch of a task; not called again when a run resumes inside it."""
+        """Called before the first batch of a task; not called again when a run resumes inside it.
+
+        Layers that hear of tasks are ready for it: a head that grows has the rows of its classes.
+        """
 
     def on_task_end(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
         """Called after the last optimizer step of a task and before the validation that follows it."""
+
+    def on_weights_rewritten(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called after a callback has moved what weights hold from some to others: no part of an older copy fits."""
 
     def transform_batch(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> Any:
         """Return the batch that the module's ``training_step`` gets; it is on the device already."""

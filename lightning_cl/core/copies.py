@@ -68,20 +68,22 @@ class WeightCopy:
         self._take_buffers(pl_module)
 
     def widen(self, pl_module: LightningModule) -> None:
-        """Give the copies of weights that grew since (a head that has more classes) what the module's have more."""
+        """Give the copies of what grew since (a head that has more classes) what the module's have more.
+
+        What a mask has more is ``False``: the copy knows nothing of it.
+        """
         parameters = dict(pl_module.named_parameters())
         grown = {
             name: copy
             for name, copy in self._weights.items()
             if name in parameters and not _is_shard(parameters[name]) and _has_grown(parameters[name], copy)
         }
-        if not grown:
-            return
-        values = dict(self._weights)
-        for name, copy in grown.items():
-            values[name] = parameters[name].detach().to(copy.dtype, copy=True)
-            values[name][tuple(map(slice, copy.shape))] = copy
-        self._weights.set(values, parameters)
+        if grown:
+            widened = {name: _widened(copy, parameters[name]) for name, copy in grown.items()}
+            self._weights.set({**self._weights, **widened}, parameters)
+        for name, buffer in self._buffers_of(pl_module).items():
+            if name in self._buffers and _has_grown(buffer, self._buffers[name]):
+                self._buffers[name] = _widened(self._buffers[name], buffer)
 
     def place(self, pl_module: LightningModule, *, to_train: bool = True) -> None:
         """Bring restored copies to the devices and shards of the module's parameters.
@@ -200,6 +202,14 @@ def _has_grown(parameter: Tensor, copy: Tensor) -> bool:
     """Whether the copy may be a corner of the parameter; another change of shape is left to ``place`` to refuse."""
     sizes, kept = parameter.shape, copy.shape
     return sizes != kept and len(sizes) == len(kept) and all(new >= old for new, old in zip(sizes, kept, strict=True))
+
+
+def _widened(copy: Tensor, present: Tensor) -> Tensor:
+    wide = present.detach().to(copy.dtype, copy=True)
+    if wide.dtype == torch.bool:
+        wide.zero_()
+    wide[tuple(map(slice, copy.shape))] = copy.to(wide.device)
+    return wide
 
 
 def _is_shard(parameter: Tensor) -> bool:

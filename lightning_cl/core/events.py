@@ -33,7 +33,7 @@ from lightning_cl.core.progress import evaluation_follows, finished_epoch, leave
 from lightning_cl.core.rng import derived_seed, isolated_rng, rng_state, set_rng_state
 from lightning_cl.core.shards import PerRank, Uncopied, gathered, of_all_ranks
 from lightning_cl.core.step import StepPipeline
-from lightning_cl.core.stream import TaskStream
+from lightning_cl.core.stream import CountedStream, TaskStream
 from lightning_cl.core.task import Task
 from lightning_cl.core.task_layer import task_layers
 from lightning_cl.core.update import UpdatePipeline
@@ -208,6 +208,7 @@ class TaskEvents(Callback):
         self.task, self.running = task, True
         pl_module.current_task = None if self._hidden else task  # type: ignore[assignment]
         if not resumed:
+            self._tell("before_task_start", trainer, pl_module, task)
             self._tell("on_task_start", trainer, pl_module, task)
             self._starting_after = None
 
@@ -251,18 +252,29 @@ class TaskEvents(Callback):
 
     def _tell(self, hook: str, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
         hidden = self._hidden
+        if hook == "on_task_start" and not hidden:
+            # before the callbacks, some of which run the module on the data of the task
+            for layer in task_layers(pl_module):
+                layer.start_task(trainer, task)
         for callback in _continual(trainer):
             if (not hidden or callback.boundaries == "evaluation") and callback.state_key not in self._heard_end:
                 getattr(callback, hook)(trainer, pl_module, task)
                 if hook == "on_task_end" and type(callback).state_dict is not Callback.state_dict:
                     self._heard_end.append(callback.state_key)
-        if not hidden:
-            if hook == "on_task_start":
-                for layer in task_layers(pl_module):
-                    layer.start_task(trainer, task)
+        if not hidden and hook != "before_task_start":
             for owner in (pl_module, trainer.datamodule):  # type: ignore[attr-defined]
                 if callable(method := getattr(owner, hook, None)):
                     method(task)
+
+    def tasks_to_end(self, callback: ContinualCallback) -> int | None:
+        """Return how many tasks of the stream have not ended for a callback, ``None`` where that cannot be known."""
+        if not isinstance(self._stream, CountedStream):
+            return None
+        tasks = len(self._stream.epochs_and_batches())
+        if self.task is None:
+            return tasks
+        # a checkpoint may be written while callbacks hear of an end
+        return tasks - self.task.index - (not self.running or callback.state_key in self._heard_end)
 
     # ------------------------------------------------------------------ the task of an evaluation batch
 

@@ -91,7 +91,9 @@ def find_head(pl_module: LightningModule, logits: str | None, batch: Any) -> str
 
         return record
 
-    layers = {name: module for name, module in pl_module.named_modules() if isinstance(module, nn.Linear)}
+    linear = {name: module for name, module in pl_module.named_modules() if isinstance(module, nn.Linear)}
+    # factors of an adapter may have outputs of that shape
+    layers = {name: module for name, module in linear.items() if ".lora_" not in name}
     handles = [layer.register_forward_hook(recorder(name)) for name, layer in layers.items()]
     try:
         with undisturbed(pl_module, seed=0), torch.no_grad(), OutputCapture(pl_module, logits) as capture:

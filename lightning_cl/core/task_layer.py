@@ -17,7 +17,7 @@ class TaskLayer(nn.Module):
 
     @abstractmethod
     def start_task(self, trainer: Trainer, task: Task) -> None:
-        """Called before the first batch of a task, behind the callbacks and before the module's own hook.
+        """Called before the first batch of a task, before ``on_task_start`` of callbacks and of the module.
 
         Not called again when a run resumes inside the task, nor on a stream that hides its boundaries.
         """

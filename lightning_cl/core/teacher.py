@@ -129,7 +129,8 @@ class Teacher:
                     f"`{self._owner}(teacher='base')` teaches with the module without its adapters, and"
                     f" {type(pl_module).__name__} has none. Use `teacher='pretrained'`, which keeps a copy."
                 )
-            return
+            with adapters_disabled(pl_module):  # refuses what it cannot leave out
+                return
         if self.kind == "previous" and not inside_task:
             # of an earlier fit: the task that starts takes others, also of a module with other weights to train
             self._copy = self._no_weights()
@@ -139,7 +140,7 @@ class Teacher:
             self._copy.take(pl_module)
 
     def start_task(self, pl_module: LightningModule, *, first: bool) -> None:
-        """Take the weights that a task starts from, unless it is the first; from ``on_task_start``."""
+        """Take the weights that a task starts from, unless it is the first; from ``before_task_start``."""
         self._checked = False
         if self.kind == "previous" and not first:
             self._copy.take(pl_module)
@@ -205,7 +206,7 @@ class Teacher:
     def _run(self, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         tensors: list[Tensor] = []
         if not self._checked:
-            # a module grows its head at a task's start, behind the callbacks
+            # a module grows its head at a task's start, after the weights were taken
             self._copy.widen(pl_module)
             leaves = tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)
             tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]

@@ -79,7 +79,8 @@ class OptimizerStep:
             if self.parameters.get(name, parameter) is not parameter:
                 raise ValueError(
                     f"`{type(user).__name__}` keeps state for {name!r}, but another parameter has taken its place since"
-                    " the fit began: it would train unprotected. Leave it out by `exclude`, or fit once per task."
+                    " the fit began: it would train unprotected. Leave it out by `exclude`, or give a head that grows"
+                    " all its rows from the beginning."
                 )
 
 

@@ -44,7 +44,8 @@ class IncrementalHead(TaskLayer):
     of old ones. That paper takes the features without a last ReLU.
 
     Classes are what the stream tells; labels of replayed samples are among those seen. Until a task names its classes,
-    and on data that never does, it is an ordinary head with all classes.
+    and on data that never does, it is an ordinary head with all classes. When a task names classes to a head whose
+    rows have learned in that time, or were set by hand, all its classes count as seen: none starts anew.
 
     A class beyond ``num_classes`` makes the head grow on a single process: parameters are replaced in the optimizers,
     whose moments go on. A checkpoint of a head that grew makes a new one grow when it is loaded.
@@ -129,13 +130,16 @@ class IncrementalHead(TaskLayer):
         seen = self.seen.tolist()
         if not task.classes and not any(seen):
             return
+        reshard(trainer.lightning_module)
+        if not any(seen) and self._has_learned():
+            self.seen.fill_(True)
+            seen = self.seen.tolist()
         # of a task that does not name its classes, every one may come
         classes = task.classes or range(self.num_classes)
         if max(classes) >= self.num_classes:
             self._grow(trainer, task)
             seen += [False] * (self.num_classes - len(seen))
         new = [label for label in sorted(classes) if not seen[label]]
-        reshard(trainer.lightning_module)
         values = self._fresh(new)
         old = [label for label, known in enumerate(seen) if known]
         if not old:
@@ -153,10 +157,15 @@ class IncrementalHead(TaskLayer):
     def _fresh(self, classes: Sequence[int]) -> list[Tensor]:
         """Return rows to start from: the same for a class whatever the size of the head."""
         bound = 0.0 if self.start == "zeros" else 1 / math.sqrt(self.in_features)
-        drawn = torch.zeros(len(classes), self.in_features + 1)
+        drawn = torch.zeros(len(classes), self.in_features + 1, dtype=torch.float32)
         for row, label in zip(drawn, classes, strict=True):
             row.uniform_(-bound, bound, generator=torch.Generator().manual_seed(derived_seed("row", self.seed, label)))
         return [drawn[:, :-1], drawn[:, -1]][: len(self._by_class())]
+
+    def _has_learned(self) -> bool:
+        """Return whether rows are no longer those that the head was made with; no buffer could say it of any fit."""
+        pairs = zip(self._by_class(), self._fresh(range(self.num_classes)), strict=True)
+        return not all(torch.equal(whole, rows.to(whole)) for whole, rows in ((_whole(p), rows) for p, rows in pairs))
 
     @torch.no_grad()
     def _set_rows(self, values: Sequence[Tensor], classes: Sequence[int]) -> None:

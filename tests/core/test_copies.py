@@ -133,6 +133,19 @@ def test_widened() -> None:
         copy.place(module)
 
 
+def test_widened_buffers() -> None:
+    """Of a mask the copy knows nothing more; other buffers take what the module's have more."""
+    module, copy = ToyModule(), WeightCopy("Test")
+    module.register_buffer("mask", torch.tensor([True, False]))
+    module.register_buffer("counts", torch.tensor([3, 4]))
+    copy.take(module)
+    module.mask, module.counts = torch.ones(3, dtype=torch.bool), torch.tensor([5, 6, 7])
+    copy.widen(module)
+    found = copy.state_dict()["buffers"]
+    assert found["mask"].tolist() == [True, False, False]
+    assert found["counts"].tolist() == [3, 4, 7]
+
+
 def test_placed_for_an_evaluation() -> None:
     """What trains plays no part then, but what is kept must be there, before and behind a checkpoint."""
     module, copy = Normalised(), WeightCopy("Test")

@@ -15,7 +15,18 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 
-from lightning_cl import EWC, ExperienceReplay, FSDP2Strategy, IncrementalHead, LwF, Task
+from lightning_cl import (
+    EWC,
+    MAS,
+    SI,
+    ContinualCallback,
+    ExperienceReplay,
+    FSDP2Strategy,
+    GradientProjection,
+    IncrementalHead,
+    LwF,
+    Task,
+)
 from ranks import Ranks
 from reference import steps
 from toys import ToyModule, fit_stream, toy_data, toy_loaders, toy_stream, trainer, weights
@@ -164,6 +175,35 @@ def test_a_task_that_names_no_classes_opens_the_head(tmp_path: Path) -> None:
     torch.testing.assert_close(module.head.weight[2:], old[:2].mean(0).expand(2, 8))
 
 
+def test_what_was_learned_without_names_stays(tmp_path: Path) -> None:
+    """A stream after a fit without any callback: no row starts anew, and none is masked."""
+    module, job = Headed(start="mean"), trainer(tmp_path, max_epochs=1)
+    loader = toy_loaders()[0]
+    job.fit(module, loader, loader)
+    learned = module.head.weight.detach().clone()
+    module.head.start_task(job, Task(0, "a", (0, 1)))
+    assert torch.equal(module.head.weight, learned)
+    assert module.head.seen.all()
+    module.head.start_task(job, Task(1, "b", (4,)))
+    assert torch.equal(module.head.weight[:4], learned)
+    torch.testing.assert_close(module.head.weight[4], learned.mean(0))
+
+
+def test_a_head_in_bfloat16_has_not_learned_by_that(tmp_path: Path) -> None:
+    """Whether it was made so or became so."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        made = Headed()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    job = trainer(tmp_path)
+    for module in (made, Headed().bfloat16()):
+        job.strategy.connect(module)
+        module.head.start_task(job, Task(0, "a", (0, 1)))
+        assert module.head.seen.tolist() == [True, True, False, False]
+        assert not module.head.weight[2:].any()
+
+
 def test_classes_that_come_back_go_on(tmp_path: Path) -> None:
     """Their rows are not started a second time."""
     module, job = Headed(), trainer(tmp_path)
@@ -195,9 +235,12 @@ def test_replayed_samples_train_the_rows_of_their_classes(tmp_path: Path) -> Non
     assert with_replay < without / 2
 
 
-def test_a_teacher_knows_no_new_classes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rows", [4, 2], ids=["whole", "grown"])
+def test_a_teacher_knows_no_new_classes(rows: int, tmp_path: Path) -> None:
     """LwF distils what the teacher had scores for; the weights stay finite and differ from fine-tuning."""
-    found = fit_stream(tmp_path, [LwF()], module=Headed())
+    method = LwF()
+    found = fit_stream(tmp_path, [method], module=Headed(rows))
+    assert method.teaching.state_dict()["buffers"]["model.3.seen"].tolist() == [True, True, False, False]
     assert found.isfinite().all()
     assert (found - fit_stream(tmp_path, module=Headed())).abs().max() > 1e-2
 
@@ -235,11 +278,49 @@ def test_growing_equals_rows_that_were_there(kind: str, optimizer: str, tmp_path
     assert {n: p.shape for n, p in small.state_dict().items()} == {n: p.shape for n, p in large.state_dict().items()}
 
 
-def test_what_is_kept_for_old_rows_is_refused_for_grown_ones(tmp_path: Path) -> None:
-    """A penalty holds the parameter that it knows; with all rows there it goes on."""
-    with pytest.raises(ValueError, match=r"`EWC` keeps state for 'model.3.weight', but another parameter"):
-        fit_stream(tmp_path, [EWC(1.0)], module=Headed(2))
-    fit_stream(tmp_path, [EWC(1.0)], module=Headed(4))
+@pytest.mark.parametrize("rows", [1, 2], ids=["first task", "second task"])
+@pytest.mark.parametrize("method", [EWC, MAS, SI])
+def test_what_is_kept_for_old_rows_is_refused_for_grown_ones(
+    method: type[EWC] | type[MAS] | type[SI], rows: int, tmp_path: Path
+) -> None:
+    """A penalty holds the parameter that it knows; without the head it goes on."""
+    with pytest.raises(ValueError, match=rf"`{method.__name__}` keeps state for 'model.3.weight', but another param"):
+        fit_stream(tmp_path, [method(1.0)], module=Headed(rows))
+    fit_stream(tmp_path, [method(1.0, exclude=["model.3.*"])], module=Headed(rows))
+
+
+def test_a_projection_leaves_a_growing_head_alone(tmp_path: Path) -> None:
+    """It projects linear layers; the head grows beside them, and trains if it is excluded."""
+    module = Headed(1)
+    fit_stream(tmp_path, [GradientProjection(exclude=["model.3.*"])], module=module)
+    assert (module.head.weight != IncrementalHead(8, 4).weight).any(1).all()
+
+
+@pytest.mark.parametrize("settings", [{}, {"teacher": "ema", "decay": 0.9}], ids=["previous", "ema"])
+def test_a_teacher_follows_a_head_that_grows(settings: dict[str, Any], tmp_path: Path) -> None:
+    """It teaches what it teaches with all rows from the beginning; an average of rows begins where they do."""
+    small, large = (fit_stream(tmp_path, [LwF(**settings)], module=Headed(rows)) for rows in (2, 4))
+    if settings:
+        assert small.isfinite().all()
+    else:
+        torch.testing.assert_close(small, large, rtol=0, atol=1e-6)
+
+
+def test_rows_are_there_when_callbacks_hear_of_a_task(tmp_path: Path) -> None:
+    """So that a pass over the data of the task finds a score for each label; before, nothing has changed."""
+    found: list[tuple[str, int, int]] = []
+
+    class Listen(ContinualCallback):
+        needs_state = False
+
+        def before_task_start(self, trainer: Any, pl_module: Any, task: Task) -> None:
+            found.append(("before", pl_module.head.num_classes, int(pl_module.head.seen.sum())))
+
+        def on_task_start(self, trainer: Any, pl_module: Any, task: Task) -> None:
+            found.append(("start", pl_module.head.num_classes, int(pl_module.head.seen.sum())))
+
+    fit_stream(tmp_path, [Listen()], module=Headed(1))
+    assert found == [("before", 1, 0), ("start", 2, 2), ("before", 2, 2), ("start", 4, 4)]
 
 
 # ---------------------------------------------------------------------- two ranks
