@@ -47,9 +47,10 @@ class CoLoR(RoutedSlots):
 
     Raises:
         ValueError: For a setting out of range; at the start of a fit as :class:`AdapterSlots`, for a capacity that is
-            too small for the tasks of the stream, for a memory of samples beside it, for manual optimization where
-            something has to be found or masked, and for trainable parameters that belong neither to the slots nor to
-            one linear layer; at the start of a task for features or class scores that are not found.
+            too small for the tasks of the stream, for a memory of samples or a teacher of the task before beside it,
+            for manual optimization where something has to be found or masked, and for trainable parameters that belong
+            neither to the slots nor to one linear layer; at the start of a task for features or class scores that are
+            not found, and for an adapted layer whose first dimension is not that of the samples.
     """
 
     card: ClassVar[MethodCard] = MethodCard(
@@ -100,6 +101,10 @@ class CoLoR(RoutedSlots):
     @override
     def choose(self, features: Tensor) -> Tensor:
         return self.router.nearest(features)[:, None]
+
+    @override
+    def feature_rows(self, tasks: int) -> int:
+        return tasks * self.k
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 from typing_extensions import override
 
 from lightning_cl.adapters.routed import RoutedSlots
@@ -15,7 +14,7 @@ from lightning_cl.core.card import MethodCard
 from lightning_cl.core.checks import check_count, check_positive
 from lightning_cl.core.distributed import copy_of_rank_zero_
 from lightning_cl.core.rng import derived_seed
-from lightning_cl.functional.task_selector import train_selector
+from lightning_cl.functional.task_selector import likeliest_tasks, train_selector
 
 __all__ = ["DynamicConPET"]
 
@@ -115,7 +114,12 @@ class DynamicConPET(RoutedSlots):
     def choose(self, features: Tensor) -> Tensor:
         assert self._selector is not None
         weight, bias = (part.to(features.device) for part in self._selector)
-        return linear(features, weight, bias).topk(min(self.top_k, self.known), dim=1).indices
+        return likeliest_tasks(features, weight, bias)[:, : self.top_k]
+
+    @override
+    def feature_rows(self, tasks: int) -> int:
+        # the selector has a row for each task
+        return max(self.memory, tasks) + tasks
 
     @override
     def state_dict(self) -> dict[str, Any]:

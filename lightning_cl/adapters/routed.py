@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -14,19 +15,23 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_cl.adapters.batch_first import check_batch_first
 from lightning_cl.adapters.evaluated import EvaluatedBatches
+from lightning_cl.adapters.joint_replay import refuse_joint_replay
 from lightning_cl.adapters.own_classes import OwnClasses
 from lightning_cl.adapters.router import task_features
 from lightning_cl.adapters.slot import Slot
 from lightning_cl.adapters.slots import AdapterSlots
-from lightning_cl.adapters.task_heads import TaskHeads
-from lightning_cl.callbacks.memory import ReplayMemory
+from lightning_cl.adapters.task_heads import TaskHeads, incremental_head
+from lightning_cl.callbacks.distillation import Distillation
 from lightning_cl.core.adapters import adapters_disabled
 from lightning_cl.core.batches import BatchAdapter
-from lightning_cl.core.capture import OutputCapture, run_evaluation_step, undisturbed
+from lightning_cl.core.capture import OutputCapture, run_evaluation_step, run_step, undisturbed
 from lightning_cl.core.checks import check_automatic_optimization, check_choice, check_count
+from lightning_cl.core.events import TaskEvents
+from lightning_cl.core.footprint import Footprint
 from lightning_cl.core.head import find_head
-from lightning_cl.core.stream import CountedStream, TaskStream
+from lightning_cl.core.stream import TaskStream
 from lightning_cl.core.task import Task
 from lightning_cl.core.task_data import task_batches
 from lightning_cl.functional.routing import pooled_features, rank_masks
@@ -54,9 +59,10 @@ class RoutedSlots(EvaluatedBatches, AdapterSlots):
 
     Raises:
         ValueError: For a setting out of range; at the start of a fit for a capacity that is too small for the tasks of
-            the stream, for a memory of samples beside it, and for trainable parameters that belong neither to the slots
-            nor to one linear layer; at the start of the first task for features or class scores that are not found, and
-            for a module that masks classes itself.
+            the stream, for a memory of samples or a teacher of the task before beside it, and for trainable parameters
+            that belong neither to the slots nor to one linear layer; at the start of a task for features or class
+            scores that are not found, for a module that masks classes itself, and for an adapted layer whose first
+            dimension is not that of the samples.
     """
 
     def __init__(
@@ -111,6 +117,10 @@ class RoutedSlots(EvaluatedBatches, AdapterSlots):
     def choose(self, features: Tensor) -> Tensor:
         """Return the tasks for features [B, D], the best one first, int64 [B, choices]."""
 
+    @abstractmethod
+    def feature_rows(self, tasks: int) -> int:
+        """Return how many vectors as wide as the features are kept once there are so many tasks."""
+
     # ------------------------------------------------------------------ set-up
 
     @override
@@ -123,13 +133,19 @@ class RoutedSlots(EvaluatedBatches, AdapterSlots):
             if self.mask_classes:
                 way_out = "Use `mask_classes=False`."
                 check_automatic_optimization(pl_module, self, "mask_classes=True", way_out)
-            for other in trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(other, ReplayMemory) and other.mixes_tasks:
-                    raise ValueError(
-                        f"`{type(other).__name__}` trains on samples of earlier tasks, and `{name}` has an adapter for"
-                        " each task, which forgets nothing: leave the memory out, or use `AdapterSlots`."
-                    )
+            refuse_joint_replay(trainer, name, "an adapter", "AdapterSlots")
+            self._refuse_teachers(trainer)
         super().setup(trainer, pl_module, stage)
+
+    def _refuse_teachers(self, trainer: Trainer) -> None:
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(other, Distillation) and other.teacher == "previous":
+                raise ValueError(
+                    f"`{type(other).__name__}(teacher='previous')` teaches with the weights that the task before ended"
+                    f" with, and while `{type(self).__name__}` trains, no adapter of a finished task acts: it would"
+                    " teach what the bare base says. Leave it out, because an adapter for each task forgets nothing,"
+                    " take `teacher='base'` if the base is meant, or use `AdapterSlots`."
+                )
 
     @override
     def prepare_module(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -156,9 +172,7 @@ class RoutedSlots(EvaluatedBatches, AdapterSlots):
         super().on_train_start(trainer, pl_module)
         self._rest()
         self._heads.find(pl_module, self.slots.values(), type(self).__name__)
-        stream = trainer.datamodule  # type: ignore[attr-defined]
-        if isinstance(stream, CountedStream):
-            self._check_room(len(stream.epochs_and_batches()) - self.finished, "the stream has")
+        self._check_room(TaskEvents.attach(trainer).tasks_to_end(self) or 0, "the stream has")
 
     def _check_room(self, tasks: int, whose: str) -> None:
         for slot in self.slots.values():
@@ -201,11 +215,8 @@ class RoutedSlots(EvaluatedBatches, AdapterSlots):
     def _find_places(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find what the features and the scores are read of, on the first batch of a task."""
         name, batch = type(self).__name__, next(task_batches(trainer, pl_module, self.adapter))[0]
-        head = None
-        if pl_module.automatic_optimization and (self.features is None or self.mask_classes):
-            with adapters_disabled(pl_module):
-                # not with adapters: theirs is the last linear layer then
-                head = find_head(pl_module, self.logits, batch)
+        check_batch_first(pl_module, self.slots.values(), batch, self.adapter, name)
+        head = self._head(pl_module, batch)
         if self.features is None:
             self._source = head
             if head is None:
@@ -216,6 +227,15 @@ class RoutedSlots(EvaluatedBatches, AdapterSlots):
                 )
         if self.mask_classes:
             self._classes.find(pl_module, self.logits, head, batch)
+
+    def _head(self, pl_module: LightningModule, batch: Any) -> str | None:
+        if not pl_module.automatic_optimization or not (self.features is None or self.mask_classes):
+            return None
+        if self.logits is None and (name := incremental_head(pl_module)) is not None:
+            return name
+        with adapters_disabled(pl_module):
+            # not with adapters: theirs is the last linear layer then
+            return find_head(pl_module, self.logits, batch)
 
     def _learn(self, trainer: Trainer, pl_module: LightningModule, index: int) -> None:
         around, capture = self._featured(pl_module), self._capture(pl_module)
@@ -247,6 +267,11 @@ class RoutedSlots(EvaluatedBatches, AdapterSlots):
         ):
             run()
             features = pooled_features(capture.output, self.adapter.padding_mask(batch))
+        if len(features) != (size := self.adapter.size(batch)):
+            raise ValueError(
+                f"`{type(self).__name__}` needs one row of features for each sample, and in `{step}` found the shape"
+                f" {list(capture.output.shape)} for {size} of them. Let that step give samples first, as training does."
+            )
         tasks = self.choose(features)
         self._batch.callback(self._rest)
         others: list[Tensor] = []
@@ -259,8 +284,10 @@ class RoutedSlots(EvaluatedBatches, AdapterSlots):
             self._batch.callback(handle.remove)
         if change is not None:
             for choice in range(1, tasks.shape[1]):
+                # in the precision of the step, which takes the scores of the first choice; none is in force yet
                 with (
                     undisturbed(pl_module, 0),
+                    trainer.precision_plugin.forward_context(),
                     OutputCapture(pl_module, self._classes.name) as capture,
                     torch.no_grad(),
                 ):
@@ -332,7 +359,22 @@ class RoutedSlots(EvaluatedBatches, AdapterSlots):
             return OutputCapture(pl_module, self.features)
         return OutputCapture(pl_module, self._source, inputs=True)
 
-    # ------------------------------------------------------------------ checkpoints
+    # ------------------------------------------------------------------ memory and checkpoints
+
+    @override
+    def footprint(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Footprint:
+        slots = super().footprint(trainer, pl_module, batch)
+        coming = TaskEvents.attach(trainer).tasks_to_end(self)
+        # of data that are no stream, each fit is one task more
+        tasks = self.finished + (1 if coming is None else coming)
+        self._heads.find(pl_module, self.slots.values(), type(self).__name__)
+        if self.features is None and self._source is None:
+            self._source = self._head(pl_module, batch)
+        with undisturbed(pl_module, seed=0), self._capture(pl_module) as capture, torch.no_grad():
+            run_step(pl_module, batch, self.adapter)
+            width = pooled_features(capture.output).shape[1]
+        rows = self.feature_rows(tasks) * width * torch.float32.itemsize
+        return replace(slots, device=slots.device + rows + tasks * self._heads.num_bytes(pl_module))
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from typing_extensions import override
 from lightning_cl.adapters.slot import Slot, fill
 from lightning_cl.adapters.slots import AdapterSlots
 from lightning_cl.core.card import MethodCard
-from lightning_cl.core.stream import CountedStream
+from lightning_cl.core.events import TaskEvents
+from lightning_cl.core.task import Task
 from lightning_cl.functional.sd_lora import direction_and_magnitude, fit_direction
 
 __all__ = ["SDLoRA"]
@@ -75,21 +76,30 @@ class SDLoRA(AdapterSlots):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        stream = trainer.datamodule  # type: ignore[attr-defined]
+        self._check_room(TaskEvents.attach(trainer).tasks_to_end(self) or 0)
+
+    @override
+    def on_task_start(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
+        super().on_task_start(trainer, pl_module, task)
+        self._check_room(1)
+
+    def _check_room(self, tasks: int) -> None:
+        """Refuse a capacity that is too small for tasks that are still to end."""
         for name, slot in self.slots.items():
-            segments = self.segments.get(name, [0])
-            done, rank = len(segments) - 1, slot.rank(slot.current)
-            tasks = len(stream.epochs_and_batches()) if isinstance(stream, CountedStream) else done + 1
+            used, rank = self.segments.get(name, [0])[-1], slot.rank(slot.current)
             if self.merge_below > 0:
                 # the first direction has nothing to be merged into
-                tasks = min(tasks, 1)
-            needed = segments[-1] + max(tasks - done, 0) * rank
-            if needed > slot.rank(slot.past):
-                raise ValueError(
-                    f"`SDLoRA(capacity={self.capacity})` keeps every direction as it is, and {tasks} tasks of rank"
-                    f" {rank} need a capacity of {needed} in {name!r}. Raise `capacity`, lower the rank `r` of the"
-                    " adapters, or let directions that earlier ones span be merged, such as `merge_below=0.5`."
-                )
+                tasks = min(tasks, int(used == 0))
+            if used + tasks * rank > slot.rank(slot.past):
+                raise ValueError(self._no_room(name, used, tasks, rank))
+
+    def _no_room(self, name: str, used: int, tasks: int, rank: int) -> str:
+        return (
+            f"`SDLoRA(capacity={self.capacity})` keeps every direction as it is. In {name!r} {used} ranks are used, and"
+            f" with {tasks} more tasks of rank {rank} it needs a capacity of {used + tasks * rank}. Raise `capacity`,"
+            " lower the rank `r` of the adapters, or let directions that earlier ones span be merged, such as"
+            " `merge_below=0.5`."
+        )
 
     # ------------------------------------------------------------------ the end of a task
 
@@ -110,6 +120,9 @@ class SDLoRA(AdapterSlots):
                 self.errors[slot.name] = float(residual)
                 segments.append(first)
                 return
+        if len(down) > room:
+            # a truncated sum would have no directions, and the magnitudes would belong to nothing
+            raise ValueError(self._no_room(slot.name, first, 1, len(down)))
         down, up, norm = direction_and_magnitude(down, up)
         super().absorb(slot, down, up)
         magnitudes[first] = norm.to(magnitudes)

@@ -12,20 +12,24 @@ from lightning_cl.callbacks.replay import ExperienceReplay
 from lightning_cl.core.card import MethodCard
 from lightning_cl.core.checks import check_positive
 from lightning_cl.core.events import TaskEvents
+from lightning_cl.core.task import Task
 from lightning_cl.memory import Drawn, Policy
 
 __all__ = ["StaticConPET"]
 
 
 class StaticConPET(ExperienceReplay):
-    r"""Rehearse in every step a fixed number of old samples, of all earlier tasks alike.
+    r"""Rehearse in every step a fixed number of old samples, which do not favour the tasks that kept more of them.
 
     A step trains on the incoming batch of b samples and, from the second task on, on
 
     .. math:: m = \max(1, \mathrm{round}(b / \rho))
 
-    samples of the memory, each of a task that is drawn uniformly from the earlier ones, in one forward whose loss is
-    the mean over both. A task thus costs :math:`1 + m / b` times what it costs alone, however many tasks came before.
+    samples of the memory, drawn one after another without replacement, each with a chance in proportion to
+    :math:`1 / n_j`, where :math:`n_j` samples are kept of its task j, in one forward whose loss is the mean over both.
+    The first is of each earlier task with the same chance; where a draw takes much of what is kept of a task, that task
+    comes less often. Tasks of earlier streams count as earlier ones. A task thus costs
+    :math:`1 + m / b` times what it costs alone, however many tasks came before.
     The method says nothing of the model: adapters keep what trains small.
 
     Args:
@@ -63,8 +67,12 @@ class StaticConPET(ExperienceReplay):
 
     @override
     def samples(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Drawn | None:
-        task = TaskEvents.attach(trainer).task
-        assert task is not None
+        earlier = TaskEvents.attach(trainer).completed_tasks
         size = max(1, round(self.adapter.size(self._incoming) / self.new_old_ratio))
         # none of the running task, which the batches show
-        return self.draw(trainer, size, tasks=range(task.index)) if task.index else None
+        return self.draw(trainer, size, tasks=range(earlier)) if earlier else None
+
+    @override
+    def number_of_task(self, trainer: Trainer, task: Task) -> int:
+        # over all fits: a second stream counts its tasks from 0 again
+        return TaskEvents.attach(trainer).completed_tasks

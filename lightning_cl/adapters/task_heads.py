@@ -9,12 +9,14 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 from lightning_cl.adapters.slot import Slot
 from lightning_cl.core.state import reshard
+from lightning_cl.functional.masked_scores import mask_scores
+from lightning_cl.mixins.incremental_head import IncrementalHead
 
-__all__ = ["TaskHeads"]
+__all__ = ["TaskHeads", "incremental_head"]
 
 
 class TaskHeads:
@@ -38,11 +40,11 @@ class TaskHeads:
         beside = [name for name, p in pl_module.named_parameters() if p.requires_grad and id(p) not in ours]
         owners = {name.rpartition(".")[0] for name in beside}
         self.name = owners.pop() if len(owners) == 1 else None
-        if beside and (self.name is None or not isinstance(pl_module.get_submodule(self.name), nn.Linear)):
+        if beside and (self.name is None or not _is_linear(pl_module.get_submodule(self.name))):
             raise ValueError(
                 f"`{user}` keeps an adapter and one linear layer, such as the head, for each task, but {beside[:4]}"
                 " train as well: what later tasks make of them would change the earlier ones. Freeze them, or adapt"
-                " them too."
+                " them too; of heads it keeps an `nn.Linear`, or an `IncrementalHead(kind='linear')`."
             )
 
     def keep(self, pl_module: LightningModule, task: int) -> None:
@@ -50,7 +52,16 @@ class TaskHeads:
         if self.name is not None:
             reshard(pl_module)
             layer = pl_module.get_submodule(self.name)
-            self._weights[task:] = [{name: _whole(parameter) for name, parameter in layer.named_parameters()}]
+            kept = {name: _whole(parameter) for name, parameter in layer.named_parameters()}
+            if isinstance(layer, IncrementalHead):
+                kept["seen"] = layer.seen.clone()
+            self._weights[task:] = [kept]
+
+    def num_bytes(self, pl_module: LightningModule) -> int:
+        """Return what it keeps of a task."""
+        if self.name is None:
+            return 0
+        return sum(p.numel() * p.itemsize for p in pl_module.get_submodule(self.name).parameters())
 
     def put_in_place(self, pl_module: LightningModule, tasks: list[Tensor]) -> Any:
         """Let each sample have the head of its task, by the handle of a hook.
@@ -65,8 +76,7 @@ class TaskHeads:
             changed = output.clone()
             for task, weights in enumerate(self._weights):
                 rows = tasks[0] == task
-                bias = weights["bias"].to(output) if "bias" in weights else None
-                changed[rows] = linear(inputs[0][rows], weights["weight"].to(output), bias)
+                changed[rows] = _scores(inputs[0][rows], weights, output)
             return changed
 
         if self.name is None:
@@ -81,6 +91,26 @@ class TaskHeads:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take what :meth:`state_dict` returned."""
         self.name, self._weights = state["name"], list(state["weights"])
+
+
+def incremental_head(pl_module: LightningModule) -> str | None:
+    """Return the name of the module's head whose rows come into play task by task, if it has one."""
+    return next((name for name, part in pl_module.named_modules() if isinstance(part, IncrementalHead)), None)
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Linear) or (isinstance(layer, IncrementalHead) and layer.kind == "linear")
+
+
+def _scores(inputs: Tensor, weights: dict[str, Tensor], like: Tensor) -> Tensor:
+    """Return what a kept head computes, with as many columns as the present one."""
+    bias = weights["bias"].to(like) if "bias" in weights else None
+    scores = linear(inputs, weights["weight"].to(like), bias)
+    if "seen" not in weights:
+        return scores
+    # it may have grown since
+    grown, seen = (0, like.shape[-1] - scores.shape[-1]), weights["seen"].to(like.device)
+    return mask_scores(pad(scores, grown), pad(seen | ~seen.any(), grown))
 
 
 @torch.no_grad()

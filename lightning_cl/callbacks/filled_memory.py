@@ -95,7 +95,7 @@ class FilledMemory(StoredSamples):
         if renews:
             assert self._first_epoch is not None
             chosen = self.annotated_anew(mine, trainer.current_epoch - self._first_epoch + 1)
-            self.buffer.amend(self.annotate(batch, logits), mine, chosen, task=task.index)
+            self.buffer.amend(self.annotate(batch, logits), mine, chosen, task=self.number_of_task(trainer, task))
         if skipped:
             return
         self._presented += len(sample_ids)
@@ -111,7 +111,7 @@ class FilledMemory(StoredSamples):
             columns,
             sample_ids,
             labels=labels,
-            task=task.index,
+            task=self.number_of_task(trainer, task),
             owners=shared,
             losses=losses,
             sizes=None if sizes is None else _in_order(sizes, owners),
@@ -139,7 +139,7 @@ class FilledMemory(StoredSamples):
             parts.append((sample_ids, sample_hits(logits, self.scores.targets(batch))))
         if parts:
             ids, hits = (torch.cat([part[k].cpu() for part in parts]) for k in (0, 1))
-            self.buffer.observe(ids, hits, task=task.index)
+            self.buffer.observe(ids, hits, task=self.number_of_task(trainer, task))
 
     @override
     def on_task_end(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
@@ -175,7 +175,7 @@ class FilledMemory(StoredSamples):
             stacked,
             all_ids,
             labels=gather_rows(torch.cat(labels))[0],
-            task=task.index,
+            task=self.number_of_task(trainer, task),
             features=gather_rows(torch.cat(features))[0],
             owners=owners,
             sizes=self._sizes(trainer, stacked, int((owners == self.buffer.rank).sum())),

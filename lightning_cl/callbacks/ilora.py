@@ -22,7 +22,6 @@ from lightning_cl.core.card import MethodCard
 from lightning_cl.core.checks import check_positive
 from lightning_cl.core.footprint import Footprint
 from lightning_cl.core.step import loss_of
-from lightning_cl.core.teacher import Watched
 from lightning_cl.functional.distillation import feature_distance
 from lightning_cl.memory import Drawn
 
@@ -39,8 +38,8 @@ class ILoRA(ExperienceReplay, MomentumInterpolation):
     .. math:: \frac{w}{|B_M|} \sum_{x \in B_M} \ell(x) + \frac{\lambda}{L} \sum_{l=1}^{L}
         \frac{1}{|B_M| D_l} \sum_{x \in B_M} \left\| h_l(x; \theta_f) - h_l(x; \theta_s) \right\|^2
 
-    over the L blocks of the network, a mean over positions that are no padding too. Only the fast features have a
-    gradient. The slow ones are computed in evaluation mode.
+    over the L blocks of the network, a mean over positions that are no padding too, and over the calls of a block that
+    a step calls several times. Only the fast features have a gradient. The slow ones are computed in evaluation mode.
 
     The method was made for LoRA: what is frozen has no slow copy, so both sets of weights are adapters on one base.
     It works on any trainable weights. Its adapters are never folded or started anew, so not beside ``AdapterSlots``.
@@ -89,7 +88,9 @@ class ILoRA(ExperienceReplay, MomentumInterpolation):
         self.decay = decay
         self.strength = strength
         self.blocks = blocks
-        self._watched: list[Watched] = []
+        self._blocks: list[_Block] = []
+        # of the present draw, for each block and call
+        self._slow_features: list[list[Tensor]] = []
         # which positions of the present draw are no padding
         self._positions: Tensor | None = None
 
@@ -100,9 +101,7 @@ class ILoRA(ExperienceReplay, MomentumInterpolation):
         MomentumInterpolation.on_train_start(self, trainer, pl_module)
         ExperienceReplay.on_train_start(self, trainer, pl_module)
         for name in find_blocks(pl_module, self.blocks):
-            capture = OutputCapture(pl_module, name, first_tensor).__enter__()
-            capture.enabled = False
-            self._watched.append(Watched(capture))
+            self._blocks.append(_Block(pl_module, name))
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -111,9 +110,9 @@ class ILoRA(ExperienceReplay, MomentumInterpolation):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        for watched in self._watched:
-            watched.capture.__exit__()
-        self._watched = []
+        for block in self._blocks:
+            block.capture.__exit__()
+        self._blocks = []
         MomentumInterpolation.teardown(self, trainer, pl_module, stage)
         ExperienceReplay.teardown(self, trainer, pl_module, stage)
 
@@ -138,24 +137,26 @@ class ILoRA(ExperienceReplay, MomentumInterpolation):
         batch = like if drawn is None else self.as_batch(drawn, like)
         self._positions = self.adapter.padding_mask(batch)
         with (
-            self._recording(teacher=True),
+            self._recording() as slow,
             undisturbed(pl_module, None, as_in_step=True),
             self._slow.in_place(pl_module),
         ):
             forward_step(pl_module, batch, batch_idx)
+        self._slow_features = [[output.detach() for output in outputs] for outputs in slow]
 
     @contextmanager
-    def _recording(self, *, teacher: bool) -> Iterator[None]:
-        for watched in self._watched:
-            watched.capture.enabled = True
+    def _recording(self) -> Iterator[list[list[Tensor]]]:
+        """Give what each block returns inside, call by call; it is there when the block has ended."""
+        found: list[list[Tensor]] = []
+        for block in self._blocks:
+            block.capture.enabled = True
         try:
-            yield
-            for watched in self._watched:
-                watched.show(teacher=teacher)
+            yield found
+            found += [block.outputs() for block in self._blocks]
         finally:
-            for watched in self._watched:
-                watched.capture.enabled = False
-                watched.capture.clear()
+            for block in self._blocks:
+                block.capture.enabled = False
+                block.clear()
 
     @override
     def loss_term(
@@ -164,10 +165,19 @@ class ILoRA(ExperienceReplay, MomentumInterpolation):
         drawn, self._drawn = self._drawn, None
         if loss_of(outputs) is None or not self.must_rehearse(drawn):
             return None
-        with self._recording(teacher=False):
+        with self._recording() as fast:
             rehearsed = self.rehearse(pl_module, drawn, batch, batch_idx)
-        distance = torch.stack([self._distance(*watched.take()) for watched in self._watched]).mean()
+        slow, self._slow_features = self._slow_features, []
+        distance = torch.stack([self._of_block(*outputs) for outputs in zip(fast, slow, strict=True)]).mean()
         return self.weight * rehearsed.loss + self.strength * rehearsed.share * distance
+
+    def _of_block(self, fast: list[Tensor], slow: list[Tensor]) -> Tensor:
+        if len(fast) != len(slow):
+            raise ValueError(
+                f"A block was called {len(fast)} times with the fast weights of `ILoRA`, and {len(slow)} times with the"
+                " slow ones: their features are not compared call by call. Choose other `blocks`."
+            )
+        return torch.stack([self._distance(*outputs) for outputs in zip(fast, slow, strict=True)]).mean()
 
     def _distance(self, fast: Tensor, slow: Tensor) -> Tensor:
         fast, slow, mask = features_last(fast), features_last(slow), self._positions
@@ -190,3 +200,27 @@ class ILoRA(ExperienceReplay, MomentumInterpolation):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         MomentumInterpolation.load_state_dict(self, state_dict["slow"])
         ExperienceReplay.load_state_dict(self, state_dict["memory"])
+
+
+class _Block:
+    """What a submodule returns, call by call."""
+
+    def __init__(self, pl_module: LightningModule, name: str) -> None:
+        self._outputs: list[Tensor] = []
+        self.capture = OutputCapture(pl_module, name, self._read).__enter__()
+        self.capture.enabled = False
+
+    def _read(self, output: Any) -> Tensor | None:
+        found = first_tensor(output)
+        if found is not None:
+            self._outputs.append(found)
+        return found
+
+    def outputs(self) -> list[Tensor]:
+        """Return them; a submodule that was not called is an error."""
+        _ = self.capture.output
+        return self._outputs
+
+    def clear(self) -> None:
+        self._outputs = []
+        self.capture.clear()

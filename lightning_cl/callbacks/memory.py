@@ -77,7 +77,7 @@ class ReplayMemory(FilledMemory):
         """
         step, task = self.number_of_draw(trainer), TaskEvents.attach(trainer).task
         assert task is not None
-        drawn = self.buffer.draw(size, step=step, stream=stream, task=task.index, tasks=tasks)
+        drawn = self.buffer.draw(size, step=step, stream=stream, task=self.number_of_task(trainer, task), tasks=tasks)
         if drawn is None or self.transform is None:
             return drawn
         with isolated_rng(derived_seed(self.seed, "transform", trainer.global_rank, step, stream)):

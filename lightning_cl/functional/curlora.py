@@ -22,16 +22,16 @@ def inverted_probabilities(weight: Tensor) -> tuple[Tensor, Tensor]:
         weight: :math:`W`, ``[out, in]``.
 
     Returns:
-        Probabilities of the columns, ``[in]``, and of the rows, ``[out]``.
+        Probabilities of the columns, ``[in]``, and of the rows, ``[out]``, in float64 where the device has it.
 
     Example:
         >>> columns, rows = inverted_probabilities(torch.tensor([[1.0, 2.0, 0.0], [1.0, 2.0, 0.0]]))
         >>> columns, rows
-        (tensor([0.8000, 0.2000, 0.0000]), tensor([0.5000, 0.5000]))
+        (tensor([0.8000, 0.2000, 0.0000], dtype=torch.float64), tensor([0.5000, 0.5000], dtype=torch.float64))
     """
     squares = weight.detach().to(exact_dtype(weight.device)).square()
-    columns, rows = (_inverted(squares.sum(dim)).to(weight.dtype) for dim in (0, 1))
-    return columns, rows
+    # not in the weight's dtype: beside a column of nearly 0 the others would get the probability 0
+    return _inverted(squares.sum(0)), _inverted(squares.sum(1))
 
 
 def _inverted(squared_norms: Tensor) -> Tensor:

@@ -6,7 +6,41 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-__all__ = ["train_selector"]
+__all__ = ["likeliest_tasks", "train_selector"]
+
+
+def likeliest_tasks(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    r"""Return the tasks in the order of their scores :math:`v_t \cdot \varphi + c_t`, the likeliest first.
+
+    They are compared by
+
+    .. math:: v_t \cdot \varphi + c_t - \tfrac{1}{2} \|\varphi\|^2
+        = c_t + \tfrac{1}{2} \|v_t\|^2 - \tfrac{1}{2} \|\varphi - v_t\|^2
+
+    so that a row depends on its own features alone, to the bit, as in :func:`prototype_distances`: a product of
+    matrices rounds by the size of a batch. Computed in float64. Of equal scores the earlier task comes first.
+
+    Args:
+        features: :math:`\varphi`, [B, D].
+        weight: v, [T, D].
+        bias: c, [T].
+
+    Returns:
+        int64 [B, T].
+
+    Example:
+        >>> features, weight = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[2.0, 0.0], [0.0, 2.0]])
+        >>> likeliest_tasks(features, weight, torch.tensor([0.0, 0.0]))
+        tensor([[0, 1],
+                [1, 0]])
+        >>> likeliest_tasks(features, weight, torch.tensor([0.0, 3.0]))
+        tensor([[1, 0],
+                [1, 0]])
+    """
+    features, weight = features.double(), weight.double()
+    distances = torch.cdist(features, weight, compute_mode="donot_use_mm_for_euclid_dist").square()
+    scores = bias + (weight.square().sum(1) - distances) / 2
+    return scores.argsort(dim=1, descending=True, stable=True)
 
 
 def train_selector(features: Tensor, tasks: Tensor, num_tasks: int, penalty: float) -> tuple[Tensor, Tensor]:

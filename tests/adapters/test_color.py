@@ -15,7 +15,19 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 from torch.utils.data import DataLoader
 
-from lightning_cl import AdapterSlots, CoLoR, ContinualEvaluation, ContinualMetrics, DynamicConPET, ExperienceReplay
+from lightning_cl import (
+    AdapterSlots,
+    CoLoR,
+    ContinualEvaluation,
+    ContinualMetrics,
+    DynamicConPET,
+    ExperienceReplay,
+    FeatureDistillation,
+    LwF,
+)
+from lightning_cl.adapters.slot import SlotFactor
+from lightning_cl.datamodules import TaskIncremental
+from lightning_cl.mixins import IncrementalHead
 from lightning_cl.modules import MLP, Classifier
 from ranks import Ranks
 from toys import ToyModule, toy_data, toy_loaders, toy_stream, trainer
@@ -333,6 +345,117 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="needs one class label for each sample"):
         fit.fit(Unlabelled(), loader, loader)
     assert fit.global_step == 0
+
+
+def test_a_teacher_of_the_task_before_is_refused(tmp_path: Path) -> None:
+    """It would teach the bare base; the base itself may teach."""
+    for kind in (CoLoR, DynamicConPET):
+        for teacher in (LwF(), FeatureDistillation(layers=["model"])):
+            refused(tmp_path, r"\(teacher='previous'\)` teaches .* bare base", kind(capacity=4), None, teacher)
+    fit = trainer(tmp_path, [CoLoR(capacity=4), LwF(teacher="base")])
+    fit.fit(Gentle(), datamodule=toy_stream())
+
+
+def test_a_second_stream_needs_room_of_its_own(tmp_path: Path) -> None:
+    """Tasks of a stream before are not subtracted from those to come."""
+    method, module = CoLoR(capacity=6), Gentle()
+    learned(tmp_path, method, module)
+    refused(tmp_path, "4 are used, and the stream has 2 more to learn, .* `capacity=8` or more", method, module)
+
+
+class SequenceFirst(Gentle):
+    """Its adapted layers get sequences first, as long as its batches."""
+
+    def __init__(self, length: int = 8) -> None:
+        super().__init__()
+        self.length = length
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        sequences = inputs + torch.zeros(self.length, 1, 1)
+        return self.model(sequences).mean(0)
+
+
+def test_layers_whose_first_dimension_is_not_the_batch(tmp_path: Path) -> None:
+    """Also where a sequence is as long as the batch, and in a forward that is routed."""
+    for length in (8, 3, 7):
+        refused(
+            tmp_path,
+            r"'model.base_model.model.0' gets the shape \[\d, \d, 6\] for [78]",
+            CoLoR(capacity=4, features="model.base_model.model.0"),
+            SequenceFirst(length),
+        )
+    factor = SlotFactor(nn.Linear(6, 2, bias=False))
+    factor.route = torch.ones(8, 2)
+    assert factor(torch.zeros(8, 3, 6)).shape == (8, 3, 2)
+    with pytest.raises(ValueError, match=r"got the shape \[3, 8, 6\], and each of 8 samples"):
+        factor(torch.zeros(3, 8, 6))
+    module, fit = learned(tmp_path, CoLoR(capacity=4))
+    # in prediction alone
+    module.forward = SequenceFirst.forward.__get__(module)
+    module.length = 3
+    with pytest.raises(ValueError, match=r"in `predict_step` found the shape \[3, 8, 8\] for 8"):
+        predicted(fit, module, INPUTS)
+
+
+class Growing(WithHead):
+    """With a head that takes classes task by task."""
+
+    def __init__(self, rows: int = 4, kind: Any = "linear") -> None:
+        super().__init__()
+        self.head = IncrementalHead(8, rows, kind=kind)  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("rows", [4, 2])
+def test_an_incremental_head_is_kept_for_each_task(rows: int, tmp_path: Path) -> None:
+    """Whole or grown: a sample of the first task has the rows that it ended with, and none of later classes."""
+    method, module, ends = CoLoR(k=2, capacity=4, mask_classes=False), Growing(rows), []
+
+    class Note(Callback):
+        def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+            ends.append((pl_module.head.weight.detach()[:2].clone(), pl_module.head.bias.detach()[:2].clone()))
+
+    fit = trainer(tmp_path, [method, Note()], num_sanity_val_steps=0)
+    fit.fit(module, datamodule=toy_stream(epochs_per_task=4))
+    assert (ends[0][0] - ends[1][0]).abs().max() > 1e-3
+    layer = module.model.base_model.model[0]
+    features = linear(INPUTS, layer.base_layer.weight, layer.base_layer.bias).relu().detach()
+    tasks = chosen_by_hand(features, method.router.prototypes)
+    down, up = layer.lora_A["past"].weight[:2], layer.lora_B["past"].weight[:, :2]
+    hidden = linear(INPUTS[tasks == 0], layer.base_layer.weight + 2.0 * up @ down, layer.base_layer.bias).relu()
+    got = predicted(fit, module, INPUTS)[tasks == 0]
+    torch.testing.assert_close(got[:, :2], linear(hidden, *ends[0]).detach())
+    assert (got[:, 2:] < -1e3).all()
+
+
+def test_a_cosine_head_is_named(tmp_path: Path) -> None:
+    """With the head that goes."""
+    refused(tmp_path, r"or an `IncrementalHead\(kind='linear'\)`", CoLoR(capacity=4), Growing(kind="cosine"))
+
+
+def test_every_run_of_an_evaluation_knows_the_task(tmp_path: Path) -> None:
+    """The one for the features too, which comes before the events tell the task of a batch."""
+    seen: list[tuple[int, int]] = []
+
+    class Told(Gentle):
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            seen.append((self.current_task.index, dataloader_idx))
+            self(batch[0])
+
+    learned(tmp_path, CoLoR(capacity=4), Told(), scenario=TaskIncremental(n_tasks=2))
+    assert {task for task, _ in seen} == {0, 1}
+    assert all(task == loader for task, loader in seen)
+
+
+def test_counts_what_it_keeps(tmp_path: Path) -> None:
+    """Prototypes, features of the selector, and a head for each task."""
+    batch = (torch.zeros(8, 6), torch.zeros(8, dtype=torch.int64))
+    for method, rows in ((CoLoR(k=3, capacity=4), 2 * 3), (DynamicConPET(memory=10, capacity=4), 10 + 2)):
+        module, fit = learned(tmp_path, method, WithHead())
+        method.setup(fit, module, "fit")
+        found = method.footprint(fit, module, batch)
+        method.teardown(fit, module, "fit")
+        # both tasks are over, and without a stream to go on with one more would come
+        assert found.device == 4 * (rows * 8 + 2 * (8 * 4 + 4))
 
 
 class Pieces(Gentle):

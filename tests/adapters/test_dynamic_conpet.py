@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 
 from lightning_cl import DynamicConPET
 from lightning_cl.datamodules import ClassIncremental
-from lightning_cl.functional.task_selector import train_selector
+from lightning_cl.functional.task_selector import likeliest_tasks, train_selector
 from toys import toy_data, toy_stream, trainer
 
 
@@ -43,6 +43,27 @@ def test_the_chosen_adapters_answer_together(top_k: int, tmp_path: Path) -> None
     torch.testing.assert_close(got[chosen], expected[chosen].detach())
     assert (got.masked_fill(chosen, -torch.inf).amax(1) <= got.amax(1) - 50).all()
     assert torch.equal(predicted(fit, module, INPUTS[:3], 1).argmax(1), got[:3].argmax(1))
+
+
+def test_choices_do_not_depend_on_the_batch() -> None:
+    """Scores that are equal but for rounding: mirrored weights of mirrored features."""
+    generator = torch.Generator().manual_seed(0)
+    half, weight = torch.randn(200, 150, generator=generator), torch.randn(300, generator=generator)
+    features, weights = torch.cat([half, half.flip(1)], 1), torch.stack([weight, weight.flip(0), weight])
+    together = likeliest_tasks(features, weights, torch.zeros(3))
+    alone = torch.cat([likeliest_tasks(row[None], weights, torch.zeros(3)) for row in features])
+    assert torch.equal(together, alone)
+    assert len(together[:, 0].unique()) > 1
+    assert likeliest_tasks(features, weights, torch.tensor([0.0, 1.0, 0.0]))[:, 0].tolist() == [1] * 200
+
+
+def test_the_second_choice_computes_in_the_precision_of_the_step(tmp_path: Path) -> None:
+    """Joined scores have one dtype, and both tasks' classes the values of a step under autocast."""
+    method, module = DynamicConPET(top_k=2, capacity=4), Gentle()
+    fit = trainer(tmp_path, [method], precision="bf16-mixed")
+    fit.fit(module, datamodule=toy_stream(epochs_per_task=4))
+    got = predicted(fit, module, INPUTS)
+    assert got.dtype == torch.bfloat16
 
 
 def test_equal_shares_of_the_memory(tmp_path: Path) -> None:

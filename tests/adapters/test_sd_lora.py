@@ -85,16 +85,18 @@ def test_a_checkpoint_is_evaluated_by_a_fresh_module(tmp_path: Path) -> None:
 
 def test_too_small_a_capacity_is_refused(tmp_path: Path) -> None:
     """Before the first step, with what it takes."""
-    with pytest.raises(ValueError, match=r"SDLoRA\(capacity=3\)` .* 2 tasks of rank 2 need a capacity of 4"):
+    with pytest.raises(
+        ValueError, match=r"SDLoRA\(capacity=3\)` .* 0 ranks are used, and with 2 more .* a capacity of 4"
+    ):
         fit_stream(tmp_path, [SDLoRA(capacity=3)], module=LoraToy())
-    with pytest.raises(ValueError, match=r"4 tasks of rank 2 need a capacity of 8"):
+    with pytest.raises(ValueError, match="with 4 more tasks of rank 2 it needs a capacity of 8"):
         fit_stream(
             tmp_path,
             [SDLoRA(capacity=7)],
             module=LoraToy(),
             stream=toy_stream(scenario=ClassIncremental(n_tasks=4)),
         )
-    with pytest.raises(ValueError, match="1 tasks of rank 2 need a capacity of 2"):
+    with pytest.raises(ValueError, match="with 1 more tasks of rank 2 it needs a capacity of 2"):
         fit_stream(tmp_path, [SDLoRA(0.5, capacity=1)], module=LoraToy())
 
 
@@ -103,8 +105,35 @@ def test_fits_of_one_task_are_counted(tmp_path: Path) -> None:
     method, module = SDLoRA(capacity=3), LoraToy()
     first, second = toy_loaders()
     trainer(tmp_path, [method], max_epochs=1).fit(module, first, first)
-    with pytest.raises(ValueError, match="2 tasks of rank 2 need a capacity of 4"):
+    with pytest.raises(ValueError, match="2 ranks are used, and with 1 more tasks of rank 2 it needs a capacity of 4"):
         trainer(tmp_path, [method], max_epochs=1).fit(module, second, second)
+
+
+def test_a_second_stream_needs_room_of_its_own(tmp_path: Path) -> None:
+    """Tasks of a stream before are not subtracted from those to come; with the room for both it goes on."""
+    method, module = SDLoRA(capacity=6), LoraToy()
+    fit_stream(tmp_path, [method], module=module)
+    with pytest.raises(ValueError, match="4 ranks are used, and with 2 more tasks of rank 2 it needs a capacity of 8"):
+        fit_stream(tmp_path, [method], module=module)
+    method, module = SDLoRA(capacity=8), LoraToy()
+    for _ in range(2):
+        fit_stream(tmp_path, [method], module=module)
+    assert method.segments[LAYERS[0]] == [0, 2, 4, 6, 8]
+
+
+def test_a_direction_without_room_is_never_truncated(tmp_path: Path) -> None:
+    """The slot stays as it is."""
+
+    class Full(SDLoRA):
+        def _check_room(self, tasks: int) -> None:
+            """Nothing is looked at before."""
+
+    module = LoraToy()
+    with pytest.raises(ValueError, match="2 ranks are used, and with 1 more"):
+        fit_stream(tmp_path, [Full(capacity=3)], module=module)
+    slot = slot_of(module)
+    down, up = slot.weights("past")
+    torch.testing.assert_close((up[:, :2] @ down[:2]).norm(), torch.tensor(1.0))
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.5])

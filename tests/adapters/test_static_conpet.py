@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from lightning.pytorch import Callback
 
-from lightning_cl import AdapterSlots, StaticConPET
+from lightning_cl import AdapterSlots, StaticConPET, TaskStreamDataModule
 from lightning_cl.datamodules import ClassIncremental, Online
 from lightning_cl.memory import Drawn
-from toys import LoraToy, fit_stream, toy_stream
+from toys import LoraToy, ToyModule, fit_stream, toy_data, toy_stream
 
 
 class Logged(StaticConPET):
@@ -55,6 +55,23 @@ def test_earlier_tasks_are_alike(tmp_path: Path) -> None:
     found = Counter(task for _, tasks in method.steps[300:450] for task in tasks)
     assert found.total() == 150
     assert found[0] == pytest.approx(75, abs=25)
+
+
+def test_a_second_stream_rehearses_the_first(tmp_path: Path) -> None:
+    """Its tasks are further ones: old samples come in its first task, and never one of the running task."""
+    method, module = Logged(96), ToyModule()
+    fit_stream(tmp_path, [method], module=module, stream=toy_stream(batch_size=6))
+    method.steps.clear()
+    # what is known by its identity does not come in anew
+    longer = TaskStreamDataModule(
+        toy_data(96), toy_data(16, seed=1), scenario=ClassIncremental(2), batch_size=6, epochs_per_task=2
+    )
+    fit_stream(tmp_path, [method], module=module, stream=longer)
+    half = len(method.steps) // 2
+    for step, (_, tasks) in enumerate(method.steps):
+        assert len(tasks) == 6
+        assert all(task < (2 if step < half else 3) for task in tasks)
+    assert any(task == 2 for _, tasks in method.steps[half:] for task in tasks)
 
 
 def test_beside_adapters(tmp_path: Path) -> None:

@@ -154,6 +154,37 @@ def test_counts_what_it_keeps(tmp_path: Path) -> None:
     assert found[0].host == found[1].host > 0
 
 
+class Twice(ToyModule):
+    """Its step calls the network on two views of the samples."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return cross_entropy(self(batch[0]) + self(2 * batch[0]), batch[1])
+
+
+def test_every_call_of_a_block_is_compared(tmp_path: Path) -> None:
+    """The mean over the calls, and not the last one alone."""
+    method = ILoRA(12, decay=0.9, blocks=["model.0"])
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    class Look(Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            own = method._of_block
+
+            def of_block(fast: list[Tensor], slow: list[Tensor]) -> Tensor:
+                value = own(fast, slow)
+                assert len(fast) == len(slow) == 2
+                parts = [(a - b).square().mean().detach() for a, b in zip(fast, slow, strict=True)]
+                found.append((value.detach(), *parts))
+                return value
+
+            method._of_block = of_block  # type: ignore[method-assign]
+
+    fit_stream(tmp_path, [method, Look()], module=Twice())
+    for value, first, second in found:
+        torch.testing.assert_close(value, (first + second) / 2)
+    assert any(second > 1.5 * first > 0 for _, first, second in found)
+
+
 class Bare(ToyModule):
     """A layer that no step calls."""
 
