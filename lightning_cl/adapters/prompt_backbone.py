@@ -72,7 +72,8 @@ def find_backbone(pl_module: LightningModule, name: str | None) -> Backbone:
         name: Its name in the module; the only base model of transformers in it if ``None``.
 
     Raises:
-        ValueError: If there is none or there are several, if it is an encoder with a decoder, or if it is sharded.
+        ValueError: If there is none or there are several, if it is an encoder with a decoder, if it reads neither
+            tokens nor images as a sequence, or if it is sharded.
     """
     found: dict[str, Any] = {
         path: part
@@ -104,12 +105,20 @@ def find_backbone(pl_module: LightningModule, name: str | None) -> Backbone:
 
 def _described(name: str, module: Any) -> Backbone:
     config = module.config.get_text_config()
-    tokens: nn.Module = module.get_input_embeddings()
+    heads: Any = getattr(config, "num_attention_heads", None)
     embeddings = getattr(module, "embeddings", None)
-    if embeddings is not None and (embeddings is tokens or all(part is not tokens for part in embeddings.modules())):
-        embeddings = None
+    if module.main_input_name == "input_ids":
+        tokens: nn.Module = module.get_input_embeddings()
+        inside = [] if embeddings is None or embeddings is tokens else list(embeddings.modules())
+        if all(part is not tokens for part in inside):
+            embeddings = None
+    elif module.main_input_name != "pixel_values" or embeddings is None or not isinstance(heads, int):
+        # of Swin and its kin width and heads change from layer to layer
+        raise ValueError(
+            "Prompts go into a network that reads tokens, or one that reads images as a sequence of one width behind an"
+            f" embedding stage, such as `ViTModel`; `{type(module).__name__}` is neither."
+        )
     attention = attention_modules(module)
-    heads = config.num_attention_heads
     return Backbone(
         name=name,
         module=module,

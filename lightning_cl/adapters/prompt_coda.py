@@ -41,8 +41,8 @@ class WeightedComponents(Prompts):
     @override
     def choose(self, query: Tensor | None, batch_size: int) -> Chosen:
         assert query is not None
-        if self.task is not None:
-            keys, attention, components = (self.until(self.task, getattr(self, name)) for name in self.by_task)
+        if (task := self.learning) is not None:
+            keys, attention, components = (self.until(task, getattr(self, name)) for name in self.by_task)
             weights = component_weights(query, attention, keys)
         else:
             components = self.components
@@ -79,19 +79,20 @@ class CODAPrompt(PromptTuning):
     .. math:: \alpha_m = \cos(q(x) \odot A_m, K_m), \qquad P(x) = \sum_m \alpha_m P_m
 
     for every layer with its own attention A, keys K and components P; P(x) holds keys and values that stand in front of
-    those of the layer. A task trains its own rows; those of earlier tasks take part
-    and are held to the bit, those of later tasks take no part. All is learned by the task's loss, plus, where
-    :math:`\lambda > 0`,
+    those of the layer. A task trains its own rows; those of earlier tasks take part and are held to the bit, those of
+    later tasks take no part. All is learned by the task's loss, plus, where :math:`\lambda > 0`,
 
-    .. math:: \lambda \sum_{R \in \{P, K, A\}} \frac{1}{L} \sum_l \frac{1}{M^2} \| R_l R_l^\top - I \|_F^2
+    .. math:: \lambda \sum_l \sum_{R \in \{P, K, A\}} \frac{1}{M^2} \| R_l R_l^\top - I \|_F^2
 
-    over the M rows up to the task's. At its start a task's rows are made orthogonal to all before them (Gram-Schmidt).
+    over the M rows up to the task's, a sum over the layers l and a mean over entries. At its start a task's rows are
+    made orthogonal to all before them (Gram-Schmidt).
 
     Args:
         per_task: Components that each task adds.
         length: Positions of a prefix. The paper counts keys and values together, twice as many.
         layers: Layers with prefixes, from 0; the first five if ``None``.
-        orthogonality: :math:`\lambda`; 0 or above. The paper's norm is not squared and its code's mean is, as here.
+        orthogonality: :math:`\lambda`; 0 or above. The paper's norm is not squared; its code takes the mean of
+            squares, as here.
         num_tasks: Tasks to make room for; a task stream says it itself.
         query: What a sample is recognised by: ``"cls"`` (the first token's last hidden state; of a causal language
             model the last token's) or ``"mean"`` over tokens.
@@ -110,7 +111,7 @@ class CODAPrompt(PromptTuning):
         name="coda-prompt",
         family="prompts",
         paper="Smith et al. 2023, arXiv:2211.13218",
-        needs="a pre-trained network of transformers whose attention takes a cache",
+        needs="a pre-trained network of transformers whose attention takes a cache (no ViT)",
         state="components, keys and attention per task",
     )
 
@@ -133,12 +134,12 @@ class CODAPrompt(PromptTuning):
         super().__init__(num_tasks=num_tasks, query=query, backbone=backbone, trainable=trainable, seed=seed)
         self.per_task = per_task
         self.length = length
-        self.layers = layers
+        self.layers = [0, 1, 2, 3, 4] if layers is None else layers
         self.orthogonality = orthogonality
 
     @override
     def build(self, backbone: Backbone, num_tasks: int) -> Prompts:
-        layers = backbone.check_layers("layers", self.layers or [0, 1, 2, 3, 4])
+        layers = backbone.check_layers("layers", self.layers)
         if num_tasks * self.per_task > backbone.width:
             raise ValueError(
                 f"`per_task={self.per_task}` components of {num_tasks} tasks cannot all be orthogonal in"
@@ -174,6 +175,5 @@ class CODAPrompt(PromptTuning):
             return None
         prompts: WeightedComponents = prompts_in(pl_module)
         rows = [prompts.until(self._task, getattr(prompts, name)) for name in prompts.by_task]
-        layers = range(len(prompts.layers))
-        distances = [prompt_orthogonality(each[:, layer]) for each in rows for layer in layers]
-        return self.orthogonality * torch.stack(distances).sum() / len(layers)
+        distances = [prompt_orthogonality(of_layer) for each in rows for of_layer in each.unbind(1)]
+        return self.orthogonality * torch.stack(distances).sum()

@@ -43,9 +43,9 @@ class GeneralAndExpert(Prompts):
     def choose(self, query: Tensor | None, batch_size: int) -> Chosen:
         assert query is not None
         similarities = key_similarities(query, self.keys)
-        if self.task is not None:
-            self.terms.append(1 - similarities[:, self.task])
-            expert = self.expert[self.task].expand(batch_size, *self.expert.shape[1:])
+        if self.learning is not None:
+            self.terms.append(1 - similarities[:, self.learning])
+            expert = self.expert[self.learning].expand(batch_size, *self.expert.shape[1:])
         else:
             tasks = torch.arange(self.num_tasks, device=similarities.device)
             # before the first task there is a first one to take
@@ -97,7 +97,7 @@ class DualPrompt(KeyedPromptTuning):
         name="dual-prompt",
         family="prompts",
         paper="Wang et al. 2022, arXiv:2204.04799",
-        needs="a pre-trained network of transformers whose attention takes a cache",
+        needs="a pre-trained network of transformers whose attention takes a cache (no ViT)",
         state="a prefix and a key per task",
     )
 
@@ -117,20 +117,20 @@ class DualPrompt(KeyedPromptTuning):
     ) -> None:
         check_count("general_length", general_length)
         check_count("expert_length", expert_length)
-        if both := set(general_layers or [0, 1]) & set(expert_layers or [2, 3, 4]):
+        super().__init__(strength, num_tasks=num_tasks, query=query, backbone=backbone, trainable=trainable, seed=seed)
+        self.general_layers = [0, 1] if general_layers is None else general_layers
+        self.expert_layers = [2, 3, 4] if expert_layers is None else expert_layers
+        if both := set(self.general_layers) & set(self.expert_layers):
             raise ValueError(
                 f"Layer {min(both)} is in `general_layers` and in `expert_layers`: a layer has one prefix."
             )
-        super().__init__(strength, num_tasks=num_tasks, query=query, backbone=backbone, trainable=trainable, seed=seed)
-        self.general_layers = general_layers
-        self.expert_layers = expert_layers
         self.general_length = general_length
         self.expert_length = expert_length
 
     @override
     def build(self, backbone: Backbone, num_tasks: int) -> Prompts:
-        general = backbone.check_layers("general_layers", self.general_layers or [0, 1])
-        expert = backbone.check_layers("expert_layers", self.expert_layers or [2, 3, 4])
+        general = backbone.check_layers("general_layers", self.general_layers)
+        expert = backbone.check_layers("expert_layers", self.expert_layers)
         return GeneralAndExpert(
             backbone, self.query, num_tasks, (general, self.general_length), (expert, self.expert_length)
         )

@@ -39,10 +39,10 @@ class PromptPool(Prompts):
         assert query is not None
         similarities = key_similarities(query, self.keys)
         distances = 1 - similarities.detach()
-        if self.task is not None and self.penalty is not None:
+        if self.learning is not None and self.penalty is not None:
             distances = distances * self.penalty.to(distances.device)
         nearest = distances.topk(self.top_k, dim=1, largest=False).indices
-        if self.task is not None:
+        if self.learning is not None:
             self.terms.append(key_distance(similarities, nearest))
             if self.penalty is not None:
                 self.counts += nearest.flatten().bincount(minlength=len(self.keys)).cpu()
@@ -140,6 +140,7 @@ class L2P(KeyedPromptTuning):
 
     @override
     def on_task_end(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
+        super().on_task_end(trainer, pl_module, task)
         if self.diversify:
             device = trainer.strategy.root_device
             self._earlier += sum_over_ranks_(self._counts.to(device)).cpu()

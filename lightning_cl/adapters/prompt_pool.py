@@ -25,6 +25,8 @@ __all__ = ["Chosen", "Prompts", "Query"]
 Query = Literal["cls", "mean"]
 # a call's way to hand prefixes to its attention, so that a block that is computed again gets those of its own call
 _ARGUMENT = "prompt_prefixes"
+# what a network may be given, the first of them that there is
+_INPUTS = ("input_ids", "inputs_embeds", "pixel_values")
 
 
 @dataclass
@@ -43,10 +45,10 @@ class Chosen:
 class Prompts(nn.Module):
     """What all prompt methods share: the query, and how prompts enter and leave the network.
 
-    The first hidden states get the tokens in front, behind the model's own embedding stage where it has one (BERT and
-    its kin: no positions are taken, nothing is normalised), else as embeddings with positions (causal language models:
-    text moves on by as many). Outputs lose these places again, so pooling and labels stay aligned. Prefixes go into the
-    attention of their layer only, without positions.
+    The first hidden states get the tokens in front, behind the model's own embedding stage where it has one (BERT, ViT
+    and their kin: no positions are taken, nothing is normalised), else as embeddings with positions (causal language
+    models: text moves on by as many). Outputs lose these places again, so pooling and labels stay aligned. Prefixes go
+    into the attention of their layer only, without positions.
 
     Args:
         backbone: The network.
@@ -56,7 +58,8 @@ class Prompts(nn.Module):
 
     Attributes:
         learned: Tasks whose prompts may be chosen so far.
-        task: In a training step the number of its task, ``None`` otherwise.
+        task: In a training step the number of its task's rows, ``None`` otherwise.
+        modes: Whether the forwards in a training step were in training mode.
         terms: Values of each sample for the loss, of each forward in a training step.
         by_task: Names of the parameters of which each task trains rows of its own, the same number for each.
     """
@@ -72,12 +75,18 @@ class Prompts(nn.Module):
         self.embeds = backbone.embeddings is None
         self.task: int | None = None
         self.terms: list[Tensor] = []
+        self.modes: set[bool] = set()
         # core.adapters switches prompts off by it
         self._disable_adapters = False
         self._asking = False
         self._chosen: Chosen | None = None
         self._reached: set[int] = set()
         self.register_buffer("learned", torch.zeros((), dtype=torch.int64))
+
+    @property
+    def learning(self) -> int | None:
+        """The task whose rows a forward trains; ``None`` in evaluation mode, as of a teacher inside a step."""
+        return self.task if self.training else None
 
     @property
     def asks(self) -> bool:
@@ -133,13 +142,14 @@ class Prompts(nn.Module):
         if self.causal and mask is not None and counts:
             # prompts stand beside the text, however much padding is on its left
             inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)
-        given = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
-        query = self._query(module, inputs, mask, given) if self.asks else None
+        given = next(inputs[name] for name in _INPUTS if inputs.get(name) is not None)
+        self.modes.add(self.training)
+        query = self._query(module, inputs, mask) if self.asks else None
         self._chosen, self._reached = self.choose(query, len(given)), set()
         if self._chosen.prefixes:
             inputs[_ARGUMENT] = self._chosen.prefixes
         if self._chosen.tokens is not None:
-            self._make_room(module, inputs, self._chosen.tokens, mask, given.shape[1])
+            self._make_room(module, inputs, self._chosen.tokens, mask)
         return (), inputs
 
     def leave(self, module: Any, args: Any, output: Any) -> Any:
@@ -168,6 +178,11 @@ class Prompts(nn.Module):
         """Put tokens behind the embedding stage."""
         if self._chosen is None or self._chosen.tokens is None:
             return None
+        if not isinstance(output, Tensor):
+            raise ValueError(
+                f"Prompts go behind an embedding stage that returns hidden states alone, and `{type(module).__name__}`"
+                " returns more, such as the sizes of an image. Use another network, such as `ViTModel`."
+            )
         return torch.cat([self._chosen.tokens.to(output.dtype), output], dim=1)
 
     def extend(
@@ -189,7 +204,7 @@ class Prompts(nn.Module):
     # ------------------------------------------------------------------ parts of a forward
 
     @torch.no_grad()
-    def _query(self, module: Any, inputs: Mapping[str, Any], mask: Tensor | None, given: Tensor) -> Tensor:
+    def _query(self, module: Any, inputs: Mapping[str, Any], mask: Tensor | None) -> Tensor:
         """Return what each sample is recognised by, float32 [B, D]."""
         training = [part for part in module.modules() if part.training]
         self._asking = True
@@ -201,7 +216,7 @@ class Prompts(nn.Module):
             for part in training:
                 part.training = True
         if mask is None:
-            mask = torch.ones(given.shape[:2], device=given.device, dtype=torch.int64)
+            mask = torch.ones(hidden.shape[:2], device=hidden.device, dtype=torch.int64)
         if self.query == "mean":
             weights = mask[:, :, None].to(hidden.dtype)
             return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
@@ -210,7 +225,7 @@ class Prompts(nn.Module):
         last = (torch.arange(mask.shape[1], device=mask.device) * mask).argmax(1)
         return hidden[torch.arange(len(hidden), device=hidden.device), last]
 
-    def _make_room(self, module: Any, inputs: dict[str, Any], tokens: Tensor, mask: Tensor | None, length: int) -> None:
+    def _make_room(self, module: Any, inputs: dict[str, Any], tokens: Tensor, mask: Tensor | None) -> None:
         """Change the inputs of a forward so that the tokens have places in it."""
         batch, places = tokens.shape[:2]
         if mask is not None:
@@ -218,15 +233,15 @@ class Prompts(nn.Module):
             inputs["attention_mask"] = mask
         if not self.embeds:
             return
-        limit = getattr(module.config, "max_position_embeddings", None)
+        embedded = inputs.get("inputs_embeds")
+        if embedded is None:
+            embedded = module.get_input_embeddings()(inputs["input_ids"])
+        length, limit = embedded.shape[1], getattr(module.config, "max_position_embeddings", None)
         if limit is not None and places + length > limit:
             raise ValueError(
                 f"{places} prompt tokens and {length} tokens of text exceed the {limit} positions of"
                 f" `{type(module).__name__}`: shorten the texts or the prompts."
             )
-        embedded = inputs.get("inputs_embeds")
-        if embedded is None:
-            embedded = module.get_input_embeddings()(inputs["input_ids"])
         inputs |= {"input_ids": None, "inputs_embeds": torch.cat([tokens.to(embedded.dtype), embedded], dim=1)}
         if (positions := inputs.get("position_ids")) is not None:
             before = torch.arange(places, device=positions.device).expand(len(positions), -1)

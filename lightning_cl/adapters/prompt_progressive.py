@@ -50,8 +50,10 @@ class TaskPrompts(Prompts):
 
     @override
     def choose(self, query: Tensor | None, batch_size: int) -> Chosen:
-        newest = int(self.learned.clamp(min=1)) - 1 if self.task is None else self.task
-        task = newest if self.task is not None else min(self.owner.task(newest), newest)
+        task = newest = self.learning
+        if newest is None:
+            newest = int(self.learned.clamp(min=1)) - 1
+            task = min(self.owner.task(newest), newest)
         last = self.tokens[task]
         if task == newest and self.residual is not None:
             last = last + self.residual(last)
@@ -89,7 +91,8 @@ class Owner:
         if task is None:
             raise ValueError(
                 "`ProgressivePrompts` needs to know the task of what it computes: evaluate on a task stream with a"
-                " `TaskIncremental` scenario, or set `current_task` of the LightningModule to a `Task`."
+                " `TaskIncremental` scenario (`Trainer.validate` and `test` tell it, `predict` does not), or set"
+                " `current_task` of the LightningModule to a `Task`."
             )
         return task.index
 
@@ -172,8 +175,26 @@ class ProgressivePrompts(PromptTuning):
         super().setup(trainer, pl_module, stage)
 
     @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
+        if stage == "fit":
+            # the task learned last is not that of what is computed from now on
+            pl_module.current_task = None  # type: ignore[assignment]
+
+    @override
+    def on_task_start(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
+        if task.index != self._finished:
+            raise ValueError(
+                f"`ProgressivePrompts` finds the prompts of a task by its index, and task {task.index + 1} here comes"
+                f" after {self._finished} learned tasks. Learn all tasks in one stream, or begin with a fresh network"
+                " and a fresh callback."
+            )
+        super().on_task_start(trainer, pl_module, task)
+
+    @override
     @torch.no_grad()
     def on_task_end(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
+        super().on_task_end(trainer, pl_module, task)
         prompts: TaskPrompts = prompts_in(pl_module)
         if prompts.residual is None:
             return
@@ -182,7 +203,7 @@ class ProgressivePrompts(PromptTuning):
         first, bias, second, last_bias = (_whole(parameter) for parameter in prompts.residual.parameters())
         hidden = torch.relu(nn.functional.linear(tokens[self._task], first, bias))
         tokens[self._task] += nn.functional.linear(hidden, second, last_bias)
-        generator = torch.Generator().manual_seed(derived_seed(self.seed, "residual", task.index))
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, "residual", self._task))
         parameters, values = prompts.fresh_residual(generator)
         for parameter, value in zip([prompts.tokens, *parameters], [tokens, *values], strict=True):
             local(parameter).copy_(shard(value, parameter))

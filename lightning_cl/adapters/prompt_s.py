@@ -26,26 +26,31 @@ class RoutedPrompts(Prompts):
     """A prompt for each task, and prototypes of the tasks' queries by which a sample finds its own."""
 
     by_task: ClassVar[tuple[str, ...]] = ("tokens",)
-    prototypes: Tensor
+    prototype_bits: Tensor
 
     def __init__(self, backbone: Backbone, query: Query, num_tasks: int, length: int, k: int, metric: Metric) -> None:
         super().__init__(backbone, query, num_tasks)
         self.metric: Metric = metric
         self.output: Tensor | None = None
         self.tokens = nn.Parameter(torch.empty(num_tasks, length, backbone.width))
-        # in the module, so that its checkpoint routes without the callback
-        self.register_buffer("prototypes", torch.zeros(num_tasks, k, backbone.width))
+        # in the module, so that its checkpoint routes without the callback; as integers, which no cast of it rounds
+        self.register_buffer("prototype_bits", torch.zeros(num_tasks, k, backbone.width, dtype=torch.int32))
+
+    @property
+    def prototypes(self) -> Tensor:
+        """The centres of each task's queries, float32 [tasks, k, D]; what is written into it stays."""
+        return self.prototype_bits.view(torch.float32)
 
     @property
     @override
     def asks(self) -> bool:
-        return self.task is None
+        return self.learning is None
 
     @override
     def choose(self, query: Tensor | None, batch_size: int) -> Chosen:
         if query is None:
-            assert self.task is not None
-            own = self.tokens[self.task]
+            assert self.learning is not None
+            own = self.tokens[self.learning]
             return Chosen(tokens=own.expand(batch_size, *own.shape))
         self.output = query
         distances = prototype_distances(query, self.prototypes.flatten(0, 1), self.metric)

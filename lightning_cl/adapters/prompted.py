@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 from typing_extensions import override
 
+from lightning_cl.adapters.joint_replay import refuse_joint_replay
 from lightning_cl.adapters.prompt_backbone import Backbone, find_backbone
 from lightning_cl.adapters.prompt_pool import Prompts, Query
 from lightning_cl.core.callback import ContinualCallback
@@ -73,10 +74,10 @@ class PromptTuning(ContinualCallback):
         self.backbone = backbone
         self.trainable = trainable
         self.seed = seed
-        self._task = 0
+        # rows of the present task, tasks that ended, and tasks that began, over all fits of this callback
+        self._task = self._finished = self._begun = 0
         self._frozen: list[str] = []
-        self._rows: dict[str, Tensor] = {}
-        self._rows_of = -1
+        self._rows: dict[str, Tensor] | None = None
 
     @abstractmethod
     def build(self, backbone: Backbone, num_tasks: int) -> Prompts:
@@ -113,6 +114,12 @@ class PromptTuning(ContinualCallback):
                 " that made them, or with a fresh network."
             )
         return there
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and self.separate:
+            refuse_joint_replay(trainer, type(self).__name__, "prompts", "L2P")
+        super().setup(trainer, pl_module, stage)
 
     @override
     def prepare_module(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -161,7 +168,7 @@ class PromptTuning(ContinualCallback):
         parameters = dict(pl_module.named_parameters())
         for name in self._frozen:
             parameters[name].requires_grad_(True)
-        self._frozen, self._rows, self._rows_of = [], {}, -1
+        self._frozen, self._rows = [], None
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -176,15 +183,32 @@ class PromptTuning(ContinualCallback):
     def on_task_start(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
         prompts = prompts_in(pl_module)
         reshard(pl_module)
-        self._task = task.index
-        if self.separate and self._task >= prompts.num_tasks:
-            raise ValueError(
-                f"Task {task.index + 1} has no prompts: there is room for {prompts.num_tasks}. Give `num_tasks`."
-            )
-        prompts.learned.fill_(max(task.index + 1, int(prompts.learned)))
+        if self.separate:
+            self._check_rows(prompts)
+        # an index counts the tasks of one stream only
+        self._task, self._rows = self._finished, None
+        self._begun = self._task + 1
+        prompts.learned.fill_(self._begun)
         self.start_task(trainer, pl_module, prompts)
         for optimizer in trainer.optimizers:
             reset_state(optimizer, prompts.starting_anew())
+
+    def _check_rows(self, prompts: Prompts) -> None:
+        learned = int(prompts.learned)
+        if learned != self._begun:
+            raise ValueError(
+                f"The network has prompts of {learned} tasks, and this `{type(self).__name__}` knows of {self._begun},"
+                " so it would write over some. Go on with the callback of the fit before, or with its checkpoint"
+                " (`ckpt_path`), or begin with a fresh network and a fresh callback."
+            )
+        if self._finished >= prompts.num_tasks:
+            raise ValueError(
+                f"Task {self._finished + 1} has no prompts: there is room for {prompts.num_tasks}. Give `num_tasks`."
+            )
+
+    @override
+    def on_task_end(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
+        self._finished = self._begun
 
     def start_task(self, trainer: Trainer, pl_module: LightningModule, prompts: Prompts) -> None:
         """Prepare the prompts of the present task; all ranks call it."""
@@ -196,11 +220,18 @@ class PromptTuning(ContinualCallback):
     def around_step(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> Iterator[None]:
         prompts = prompts_in(pl_module)
         prompts.task = self._task
-        prompts.terms = []
+        prompts.terms, prompts.modes = [], set()
+        # a network that was loaded is in evaluation mode in a user's fit too
+        prompts.training = True
         try:
             yield
         finally:
             prompts.task = None
+        if prompts.modes == {False}:
+            raise ValueError(
+                f"`{type(pl_module).__name__}.training_step` puts the network in evaluation mode, in which no prompts"
+                " train: do so before the step, such as in `on_train_start`."
+            )
 
     @override
     def hold_gradients(self, trainer: Trainer, pl_module: LightningModule, step: OptimizerStep) -> None:
@@ -217,14 +248,13 @@ class PromptTuning(ContinualCallback):
 
     def _held(self, pl_module: LightningModule, step: OptimizerStep) -> dict[str, Tensor]:
         """Return 1 for the rows of the present task and 0 for the others, of this rank's shards, by names."""
-        if self._rows_of != self._task or not self._rows:
+        if self._rows is None:
             prompts = prompts_in(pl_module)
             path = next(name for name, part in pl_module.named_modules() if part is prompts)
             self._rows = {
                 f"{path}.{name}": _rows_mask(getattr(prompts, name), self._task, prompts.num_tasks)
                 for name in prompts.by_task
             }
-            self._rows_of = self._task
         return {name: mask for name, mask in self._rows.items() if name in step.parameters}
 
     @override
@@ -236,11 +266,11 @@ class PromptTuning(ContinualCallback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"version": 1, "task": self._task}
+        return {"version": 1, "task": self._task, "finished": self._finished, "begun": self._begun}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._task = state_dict["task"]
+        self._task, self._finished, self._begun = (state_dict[name] for name in ("task", "finished", "begun"))
 
 
 class KeyedPromptTuning(PromptTuning):

@@ -622,6 +622,15 @@ def test_networks_that_cannot_be_served(tmp_path: Path) -> None:
     assert not hasattr(both.left.bert, "prompts")
     with pytest.raises(ValueError, match=r"`layers` must name layers of `BertModel` from 0 to 2, each once, got \[3\]"):
         CODAPrompt(1, layers=[3], num_tasks=1).attach(PromptToy())
+    for method in (
+        CODAPrompt(1, layers=[], num_tasks=1),
+        DualPrompt([], [2], num_tasks=1),
+        DualPrompt([0], [], num_tasks=1),
+    ):
+        with pytest.raises(
+            ValueError, match=r"layers` must name layers of `BertModel` from 0 to 2, each once, got \[\]"
+        ):
+            method.attach(PromptToy())
     with pytest.raises(ValueError, match=r"`per_task=9` components of 2 tasks .* 16 dimensions: take at most 8"):
         CODAPrompt(9, layers=[0], num_tasks=2).attach(PromptToy())
     distil = LightningModule()

@@ -298,7 +298,7 @@ class CodaLoop(Loop):
             for rows in (keys, attention, components):
                 flat_rows = rows[:, place].flatten(1)
                 distance = distance + (flat_rows @ flat_rows.T - torch.eye(len(rows))).square().mean()
-        return loss_of(self.model, batch, prefixes=prefixes) + self.orthogonality * distance / len(self.layers)
+        return loss_of(self.model, batch, prefixes=prefixes) + self.orthogonality * distance
 
 
 class ProgressiveLoop(Loop):
