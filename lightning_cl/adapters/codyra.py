@@ -48,8 +48,9 @@ class CoDyRA(AdapterSlots):
         ranks: The ranks that the task before has kept, by layer.
 
     Raises:
-        ValueError: For a setting out of range; at the start of a task whose number of steps is unknown, and as
-            :class:`~lightning_cl.adapters.AdapterSlots`.
+        ValueError: For a setting out of range; at the start of a fit for adapters below float32, as those of
+            ``"bf16-true"``, whose gates cannot take the steps; at the start of a task whose number of steps is
+            unknown, and as :class:`~lightning_cl.adapters.AdapterSlots`.
     """
 
     card: ClassVar[MethodCard] = MethodCard(
@@ -89,6 +90,15 @@ class CoDyRA(AdapterSlots):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._gates.clear()
+        for name, slot in self.slots.items():
+            dtype = slot.parameters(slot.current)["mixing"].dtype
+            if torch.finfo(dtype).eps > torch.finfo(torch.float32).eps:
+                raise ValueError(
+                    f"`CoDyRA` subtracts thresholds from gates that are smaller than what {dtype} resolves, so the"
+                    f" gates of {name!r} would stand still. Keep the adapters in float32: use"
+                    " `Trainer(precision='bf16-mixed')`, or a base model in bfloat16 under adapters in float32, as PEFT"
+                    " makes them (`autocast_adapter_dtype=True`), without `precision='bf16-true'`."
+                )
 
     @override
     def on_task_start(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:

@@ -43,6 +43,7 @@ class CURLoRA(AdapterSlots):
         state="capacity ranks for each adapted layer, in the module",
     )
     starts_first: ClassVar[bool] = True
+    starts_itself: ClassVar[bool] = True
 
     @override
     def extend(self, slot: Slot) -> None:

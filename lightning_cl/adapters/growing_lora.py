@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -17,7 +18,7 @@ from lightning_cl.core.checks import check_count
 from lightning_cl.core.distributed import copy_of_rank_zero_, sum_over_ranks_
 from lightning_cl.core.rng import derived_seed
 from lightning_cl.core.task import Task
-from lightning_cl.core.update import OptimizerStep
+from lightning_cl.core.update import OptimizerStep, StepCache
 from lightning_cl.functional.codyra import surviving_factors
 from lightning_cl.functional.rank_growth import add_sketch_, leading_directions_outside, num_probes, probes
 
@@ -35,7 +36,8 @@ class GrowingLoRA(AdapterSlots):
     Its row of A is v, with the norm that rows start with, and its column of B is 0: no output changes, and the column
     gets the longest gradient that a new rank can have. G is neither formed nor kept: in every so many steps, a sketch
     :math:`\Omega^\top G` with :math:`4 / \tau` random probes is summed over micro-batches and ranks. The rank r of the
-    user's adapter is the most; only ranks in use take room in the slot for finished tasks.
+    user's adapter is the most; only ranks in use take room in the slot for finished tasks. Of several optimizers each
+    counts its own steps, and lets the layers grow whose A it moves.
 
     Args:
         start_rank: Ranks in use at a task's start, at least 1 and at most r.
@@ -78,7 +80,9 @@ class GrowingLoRA(AdapterSlots):
         self.every = every
         self.threshold = threshold
         self.ranks: dict[str, int] = {}
-        self._steps = 0
+        # of the task, by layer, each counted by the optimizer that moves it
+        self._steps: dict[str, int] = {}
+        self._moved: StepCache[list[str]] = StepCache()
         # during a step after which ranks may grow
         self._sketches: dict[str, Tensor] = {}
         self._probes: dict[str, Tensor] = {}
@@ -104,7 +108,8 @@ class GrowingLoRA(AdapterSlots):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._forget()
+        self._forget(self.slots)
+        self._moved.clear()
         self._handles = [
             slot.layer.register_forward_hook(partial(self._watch, name)) for name, slot in self.slots.items()
         ]
@@ -112,7 +117,7 @@ class GrowingLoRA(AdapterSlots):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().teardown(trainer, pl_module, stage)
-        self._forget()
+        self._sketches, self._probes = {}, {}
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -121,7 +126,7 @@ class GrowingLoRA(AdapterSlots):
 
     def _watch(self, name: str, layer: Any, args: tuple[Any, ...], output: Tensor) -> None:
         """Let the backward of a call add to the layer's sketch, in a step after which ranks may grow."""
-        if (self._steps + 1) % self.every == 0 and output.requires_grad:
+        if (self._steps.get(name, 0) + 1) % self.every == 0 and output.requires_grad:
             output.register_hook(partial(self._add, name, args[0].detach()))
 
     def _add(self, name: str, inputs: Tensor, gradient: Tensor) -> None:
@@ -132,23 +137,28 @@ class GrowingLoRA(AdapterSlots):
             self._sketches[name] = torch.zeros(count, inputs.shape[-1], device=gradient.device)
         add_sketch_(self._sketches[name], inputs, gradient, self._probes[name])
 
-    def _forget(self) -> None:
-        self._sketches, self._probes = {}, {}
+    def _forget(self, names: Iterable[str]) -> None:
+        for name in names:
+            self._sketches.pop(name, None)
+            self._probes.pop(name, None)
 
     @override
     def change_update(self, trainer: Trainer, pl_module: LightningModule, step: OptimizerStep) -> None:
-        first = next(iter(self.slots.values()))
-        counted = first.parameters(first.current)["lora_A"]
-        if not any(parameter is counted for parameter in step.parameters.values()):
-            return
-        self._steps += 1
-        if self._steps % self.every == 0:
-            self._grow(trainer)
-            self._forget()
+        if step not in self._moved:
+            moved = {id(parameter) for parameter in step.parameters.values()}
+            downs = {name: slot.parameters(slot.current)["lora_A"] for name, slot in self.slots.items()}
+            self._moved[step] = [name for name, down in downs.items() if id(down) in moved]
+        for name in self._moved[step]:
+            self._steps[name] = self._steps.get(name, 0) + 1
+        due = [name for name in self._moved[step] if self._steps[name] % self.every == 0]
+        if due:
+            self._grow(trainer, due)
+            self._forget(due)
 
-    def _grow(self, trainer: Trainer) -> None:
+    def _grow(self, trainer: Trainer, names: Sequence[str]) -> None:
         shares = []
-        for name, slot in self.slots.items():
+        for name in names:
+            slot = self.slots[name]
             gates = slot.mixing(slot.current)
             down, up = slot.weights(slot.current)
             used = gates != 0
@@ -179,9 +189,9 @@ class GrowingLoRA(AdapterSlots):
 
     @override
     def on_task_start(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
-        self._steps = 0
+        self._steps = {}
         # other methods' passes over old data are no training
-        self._forget()
+        self._forget(self.slots)
         self.ranks = dict.fromkeys(self.slots, self.start_rank)
         super().on_task_start(trainer, pl_module, task)
 
@@ -200,9 +210,9 @@ class GrowingLoRA(AdapterSlots):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "ranks": dict(self.ranks), "steps": self._steps}
+        return {**super().state_dict(), "ranks": dict(self.ranks), "steps": dict(self._steps)}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self.ranks, self._steps = dict(state_dict["ranks"]), state_dict["steps"]
+        self.ranks, self._steps = dict(state_dict["ranks"]), dict(state_dict["steps"])

@@ -95,6 +95,14 @@ def test_every_task_begins_with_its_own_gates(tmp_path: Path) -> None:
     assert not torch.equal(found[0][0], found[0][1])
 
 
+def test_gates_in_bfloat16_are_refused(tmp_path: Path) -> None:
+    """They would swallow thresholds below half of their last bit; adapters in float32 train."""
+    module, watch = SLOW(), Watch()
+    with pytest.raises(ValueError, match=r"`CoDyRA` subtracts thresholds.*torch\.bfloat16.*bf16-mixed"):
+        fit_stream(tmp_path, [CoDyRA(), watch], module=module, precision="bf16-true")
+    assert watch.steps == []
+
+
 def test_a_task_of_unknown_length_is_refused(tmp_path: Path) -> None:
     """Before its first step."""
     module, watch = SLOW(), Watch()

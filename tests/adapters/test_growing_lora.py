@@ -90,6 +90,52 @@ def test_a_new_rank_is_the_leading_direction_outside(tmp_path: Path) -> None:
     torch.testing.assert_close((found @ direction).abs(), found.norm(), rtol=1e-4, atol=0)
 
 
+class Apart(LoraToy):
+    """Two losses that reach one layer each, stepped one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__(learning_rate=0.03)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        first, second = (self.get_submodule(name) for name in LAYERS)
+        hidden = first(batch[0])
+        losses = (hidden.square().mean(), cross_entropy(second(hidden.detach()), batch[1]))
+        for optimizer, loss in zip(self.optimizers(), losses, strict=True):  # type: ignore[arg-type]
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        layers = (self.get_submodule(name) for name in LAYERS)
+        return [torch.optim.SGD([p for p in layer.parameters() if p.requires_grad], lr=0.03) for layer in layers]
+
+
+def test_layers_grow_with_the_steps_of_their_own_optimizer(tmp_path: Path) -> None:
+    """Each at every second step of it, by the gradient of that step."""
+    method = GrowingLoRA(every=2, threshold=0.01)
+    due: dict[str, list[bool]] = {name: [] for name in LAYERS}
+    grown: list[tuple[str, str]] = []
+
+    class Look(ContinualCallback):
+        needs_state = False
+
+        def observe_gradients(self, trainer: Trainer, pl_module: LightningModule, step: OptimizerStep) -> None:
+            (self.owner,) = (name for name in LAYERS if f"{name}.lora_A.default.weight" in step.parameters)
+            due[self.owner].append(self.owner in method._sketches)
+            self.before = dict(method.ranks)
+
+        def observe_update(self, trainer: Trainer, pl_module: LightningModule, step: OptimizerStep) -> None:
+            grown.extend((self.owner, name) for name in LAYERS if method.ranks[name] != self.before[name])
+            assert self.owner not in method._sketches
+
+    loader = toy_loaders()[0]
+    trainer(tmp_path, [method, Look()], max_epochs=1).fit(Apart(), loader, loader)
+    for found in due.values():
+        assert found == [(step + 1) % 2 == 0 for step in range(len(found))]
+    assert grown == [(name, name) for name in LAYERS]
+
+
 def test_without_need_nothing_grows(tmp_path: Path) -> None:
     """And only ranks in use take room: two tasks of one."""
     method, module = GrowingLoRA(every=1, threshold=0.999), SLOW()
