@@ -34,7 +34,7 @@ RESULTS = Path(__file__).parent / "results" / "adapter_cost.json"
 RANK, CAPACITY, CLASSES = 8, 64, 10
 TASK_STEPS = 100  # of the task that a boundary is held against
 BERT = {"model_type": "bert", "hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12}
-LLAMA = {"model_type": "llama", "vocab_size": 1000, "hidden_size": 256, "num_hidden_layers": 4}
+LLAMA = {"model_type": "llama", "vocab_size": 1000, "num_hidden_layers": 2, "num_attention_heads": 8}
 
 
 class Texts(Dataset[dict[str, Tensor]]):
@@ -67,24 +67,28 @@ class Model:
 
     Args:
         name: ``"encoder"``, of the size of all-MiniLM-L6-v2 with LoRA on query and value, or ``"llama"``, with LoRA on
-            all its linear layers.
+            all its linear layers, or ``"narrow llama"``.
         batch: Sequences of 32 tokens in a step.
+        width: Of the Llamas. A and B of the slot take 2 * CAPACITY / width of a layer's own work.
     """
 
     name: str
     batch: int
+    width: int = 0
 
     def module(self, rank: int) -> LanguageModel:
         adapter: dict[str, Any] = {"peft_type": "LORA", "r": rank, "lora_alpha": rank}
         if self.name == "encoder":
             config = {**BERT, "intermediate_size": 1536}
             return SequenceClassifier(config, CLASSES, adapter={**adapter, "target_modules": ["query", "value"]})
-        config = {**LLAMA, "intermediate_size": 688, "num_attention_heads": 4}
+        config = {**LLAMA, "hidden_size": self.width, "intermediate_size": 11 * self.width // 4}
         return CausalLM(config, adapter={**adapter, "target_modules": "all-linear"})
 
-    def stream(self, tasks: int, steps: int) -> TaskStreamDataModule:
+    def data(self, tasks: int, steps: int) -> list[Texts]:
         kind = Texts if self.name == "encoder" else Rows
-        data = [kind(steps * self.batch) for _ in range(tasks)]
+        return [kind(steps * self.batch) for _ in range(tasks)]
+
+    def stream(self, data: list[Texts]) -> TaskStreamDataModule:
         return TaskStreamDataModule(list(data), scenario=Predefined(), batch_size=self.batch)
 
 
@@ -123,7 +127,7 @@ def step(model: Model, turns: int, steps: int) -> list[Ratio]:
     def run(rank: int, *callbacks: Callback) -> Cost:
         clock = Clock()
         trainer = quiet_trainer(callbacks=[clock, *callbacks], max_steps=steps)
-        trainer.fit(model.module(rank), datamodule=model.stream(1, steps))
+        trainer.fit(model.module(rank), datamodule=model.stream(model.data(1, steps)))
         return clock.cost(2, steps - 1)
 
     found = take_turns(
@@ -151,13 +155,12 @@ def step(model: Model, turns: int, steps: int) -> list[Ratio]:
 def boundary(model: Model, method: AdapterSlots, tasks: int, steps: int) -> tuple[Flatness, Ratio]:
     """Fit a stream of short tasks; return its flatness, and the share of a boundary in the time of a longer task."""
     clock = Clock()
-    stream = model.stream(tasks, steps)
-    data = [tensor for source in stream.sources["train"] for tensor in (source.input_ids, source.labels)]
+    data = model.data(tasks, steps)
     # the slot is full after two tasks: from then on each boundary approximates
     first, last = 4, tasks - 1
-    probe = Probe(method, steps, (first, last), data)
+    probe = Probe(method, steps, (first, last), [tensor for part in data for tensor in (part.input_ids, part.labels)])
     trainer = quiet_trainer(callbacks=[clock, probe, method])
-    trainer.fit(model.module(RANK), datamodule=stream)
+    trainer.fit(model.module(RANK), datamodule=model.stream(data))
     early, late = range(first, first + WINDOW), range(tasks - WINDOW, tasks)
 
     def step_ms(window: range) -> float:
@@ -191,8 +194,10 @@ def main() -> None:
     be_quiet()
     ratios: list[Ratio] = []
     rows: list[Flatness] = []
-    for model in (Model("encoder", 16), Model("llama", 16)):
+    for model in (Model("encoder", 16), Model("llama", 8, 1024), Model("narrow llama", 16, 256)):
         ratios += step(model, turns=2 if quick else 7, steps=8 if quick else 20)
+        if model.name.startswith("narrow"):
+            continue
         for method in (AdapterSlots(2 * RANK), OLoRA(form="cosine", capacity=2 * RANK)):
             row, share = boundary(model, method, tasks=12 if quick else 50, steps=4)
             rows.append(row)

@@ -25,21 +25,21 @@ class IntentClassifier(SequenceClassifier):
     Args:
         model: Folder of the encoder.
         num_labels: Classes of the stream.
-        own_classes: Train the scores of the task's classes only, and answer with all classes seen: new classes then
-            do not push the scores of old ones down. Not with samples of other tasks in a batch.
+        own_classes: Train the scores of the task's classes only; not with samples of other tasks in a batch. Answers
+            are of the task's classes in any case.
         settings: Of ``SequenceClassifier``.
     """
 
     def __init__(self, model: Any, num_labels: int, *, own_classes: bool = False, **settings: Any) -> None:
         super().__init__(model, num_labels, **settings)
-        self.masks = self.own_classes = own_classes
+        self.own_classes, self.head_mask = own_classes, "task"
 
     @override
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
         if attention_mask is not None:
             longest = int(attention_mask.sum(1).max())
             input_ids, attention_mask = input_ids[:, :longest], attention_mask[:, :longest]
-        self.head_mask = "task" if self.training else "seen"
+        self.masks = self.own_classes or not self.training
         return super().forward(input_ids, attention_mask, **inputs)
 
 
@@ -77,7 +77,7 @@ def past_bytes(module: torch.nn.Module) -> int:
     for layer in module.modules():
         past = layer.lora_A[PAST] if hasattr(layer, "lora_A") and PAST in layer.lora_A else None  # type: ignore[operator, index]
         if isinstance(past, SlotFactor):
-            up: Tensor = layer.lora_B[PAST].weight  # type: ignore[operator, index, union-attr, assignment]
+            up: Tensor = layer.lora_B[PAST].weight  # type: ignore[index, union-attr]
             used = int(up.ne(0).any(0).sum())
             total += used * (past.in_features + up.shape[0]) * up.element_size()
     return total
