@@ -189,11 +189,11 @@ def table(results: list[Result]) -> str:
         return Statistic(mean, interval, 2 if interval == interval else int(mean == mean)).text(3)
 
     lines = [
-        "| arm | accuracy | forgetting | learning accuracy | trained, thousands | stored, KiB | a task adds, KiB |",
-        "|---|---|---|---|---|---|---|",
+        "| arm | seeds | accuracy | forgetting | learning accuracy | trained, thousands | stored, KiB | a task adds, KiB |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for each in results:
-        cells = [f"`{each.arm}`", text(each.accuracy), text(each.forgetting), text(each.learning)]
+        cells = [f"`{each.arm}`", str(each.seeds), text(each.accuracy), text(each.forgetting), text(each.learning)]
         cells += [f"{each.trained / 1000:.0f}", f"{each.stored / 1024:.0f}", f"{each.growth / 1024:.1f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
