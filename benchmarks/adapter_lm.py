@@ -57,7 +57,7 @@ class Size:
     steps: int = 80
     batch: int = 8
     val_blocks: int = 24
-    seeds: int = 1
+    seeds: int = 3
 
 
 QUICK = Size(base_steps=20, steps=5, val_blocks=4, seeds=1)

@@ -189,7 +189,8 @@ def table(results: list[Result]) -> str:
         return Statistic(mean, interval, 2 if interval == interval else int(mean == mean)).text(3)
 
     lines = [
-        "| arm | seeds | accuracy | forgetting | learning accuracy | trained, thousands | stored, KiB | a task adds, KiB |",
+        "| arm | seeds | accuracy | forgetting | learning accuracy | trained, thousands | stored, KiB |"
+        " a task adds, KiB |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for each in results:
