@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import nn
+from torch import Tensor
 
 from lightning_cl.adapters.slot import Slot
 from lightning_cl.core.batches import BatchAdapter
-from lightning_cl.core.capture import run_step, undisturbed
+from lightning_cl.core.recording import recording
 
 __all__ = ["check_batch_first"]
 
@@ -55,14 +54,10 @@ def _shapes(
     """Return the name and the shape of its input for each call of an adapted layer."""
     found: list[tuple[str, torch.Size]] = []
 
-    def look(name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        found.append((name, inputs[0].shape))
+    def look(name: str, inputs: Tensor, *_: Any) -> None:
+        found.append((name, inputs.shape))
 
-    handles = [slot.down(slot.past).register_forward_pre_hook(partial(look, slot.name)) for slot in slots]
-    try:
-        with undisturbed(pl_module, seed=0), torch.no_grad():
-            run_step(pl_module, batch, adapter)
-    finally:
-        for handle in handles:
-            handle.remove()
+    layers = {slot.name: slot.down(slot.past) for slot in slots}
+    with recording(pl_module, layers, look, adapter) as run, torch.no_grad():
+        run(batch)
     return found

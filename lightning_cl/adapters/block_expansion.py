@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from fnmatch import fnmatchcase
 from typing import ClassVar, Literal
 
 from lightning.pytorch import LightningModule, Trainer
@@ -12,7 +11,8 @@ from typing_extensions import override
 from lightning_cl.adapters.blocks import insert_blocks, inserted_blocks
 from lightning_cl.core.callback import ContinualCallback
 from lightning_cl.core.card import MethodCard
-from lightning_cl.core.checks import check_count
+from lightning_cl.core.checks import check_count, check_patterns, match_parameters
+from lightning_cl.core.freezing import FrozenForFit
 from lightning_cl.core.reduction import check_trainable
 
 __all__ = ["BlockExpansion"]
@@ -52,21 +52,19 @@ class BlockExpansion(ContinualCallback):
 
     def __init__(self, count: int, *, trainable: list[str] | None = None, network: str | None = None) -> None:
         check_count("count", count)
-        if isinstance(trainable, str):
-            raise ValueError(f"`trainable` must be a list of patterns, such as {[trainable]}, got {trainable!r}.")
+        check_patterns("trainable", trainable)
         self.count = count
         self.trainable = trainable
         self.network = network
-        self._frozen: list[str] = []
+        self._frozen = FrozenForFit()
 
     @override
     def prepare_module(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not inserted_blocks(pl_module):
             insert_blocks(self._network(pl_module), self.count)
         if stage == "fit":
-            train = self._trained(pl_module)
-            self._frozen = [n for n, p in pl_module.named_parameters() if p.requires_grad and n not in train]
-            self._set_frozen(pl_module, frozen=True)
+            names = {name for name, _ in pl_module.named_parameters()}
+            self._frozen.freeze(pl_module, names - self._trained(pl_module))
 
     def _network(self, pl_module: LightningModule) -> nn.Module:
         if self.network is not None:
@@ -89,21 +87,7 @@ class BlockExpansion(ContinualCallback):
         names = [name for name, _ in pl_module.named_parameters()]
         blocks = tuple(f"{block}." for block in inserted_blocks(pl_module))
         found = {name for name in names if name.startswith(blocks)}
-        for pattern in self.trainable or ():
-            matched = {name for name in names if fnmatchcase(name, pattern)}
-            if not matched:
-                raise ValueError(
-                    f"`trainable` pattern {pattern!r} matches no parameter of {type(pl_module).__name__}. Its names"
-                    f" look like {names[:3]}."
-                )
-            found |= matched
-        return found
-
-    def _set_frozen(self, pl_module: LightningModule, *, frozen: bool) -> None:
-        names = set(self._frozen)
-        for name, parameter in pl_module.named_parameters():
-            if name in names:
-                parameter.requires_grad_(not frozen)
+        return found | match_parameters(pl_module, "trainable", self.trainable)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -111,8 +95,7 @@ class BlockExpansion(ContinualCallback):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._set_frozen(pl_module, frozen=False)
-        self._frozen = []
+        self._frozen.thaw(pl_module)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.nn import Parameter
 from typing_extensions import override
 
-from lightning_cl.adapters.slot import Slot, fill
+from lightning_cl.adapters.slot import Slot
 from lightning_cl.adapters.slots import AdapterSlots
 from lightning_cl.core.card import MethodCard
 from lightning_cl.core.checks import check_positive
 from lightning_cl.core.rng import derived_seed
 from lightning_cl.core.schedules import steps_of_task
-from lightning_cl.core.state import local
+from lightning_cl.core.state import fill, local
 from lightning_cl.core.task import Task
 from lightning_cl.core.update import OptimizerStep, StepCache
 from lightning_cl.functional.codyra import soft_threshold_, surviving_factors, threshold_at

@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from lightning_cl.core.stream import TaskStream
+from lightning_cl.core.evaluation import reveal_task
 
 __all__ = ["EvaluatedBatches"]
 
@@ -39,14 +39,15 @@ class EvaluatedBatches(Callback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        _reveal(trainer, pl_module, dataloader_idx)
+        # it is told behind the callbacks, and this one runs the module before
+        reveal_task(trainer, pl_module, dataloader_idx)
         self.before_batch(trainer, pl_module, "validation_step", batch, batch_idx, dataloader_idx)
 
     @override
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        _reveal(trainer, pl_module, dataloader_idx)
+        reveal_task(trainer, pl_module, dataloader_idx)
         self.before_batch(trainer, pl_module, "test_step", batch, batch_idx, dataloader_idx)
 
     @override
@@ -66,10 +67,3 @@ class EvaluatedBatches(Callback):
     @override
     def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         self.after_batch()
-
-
-def _reveal(trainer: Trainer, pl_module: LightningModule, dataloader_idx: int) -> None:
-    """Tell the module the task of a batch before it runs for a callback: the events that tell it come behind."""
-    stream = trainer.datamodule  # type: ignore[attr-defined]
-    if isinstance(stream, TaskStream) and stream.reveals_task:
-        pl_module.current_task = stream.evaluated_tasks()[dataloader_idx]  # type: ignore[assignment]

@@ -16,8 +16,8 @@ from lightning_cl.adapters.build import peft_models
 from lightning_cl.adapters.slot import PAST, Slot
 from lightning_cl.core.distributed import gather_on_rank_zero, rank
 from lightning_cl.core.imports import require
+from lightning_cl.core.state import full_tensor
 from lightning_cl.quantization.names import places
-from lightning_cl.quantization.saving import full_tensor
 
 __all__ = ["write_adapters"]
 

@@ -11,12 +11,13 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_cl.adapters.slot import Slot, fill
+from lightning_cl.adapters.slot import Slot
 from lightning_cl.adapters.slots import AdapterSlots
 from lightning_cl.core.card import MethodCard
 from lightning_cl.core.checks import check_count
 from lightning_cl.core.distributed import copy_of_rank_zero_, sum_over_ranks_
 from lightning_cl.core.rng import derived_seed
+from lightning_cl.core.state import fill
 from lightning_cl.core.task import Task
 from lightning_cl.core.update import OptimizerStep, StepCache
 from lightning_cl.functional.codyra import surviving_factors

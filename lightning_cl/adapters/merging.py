@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from lightning_cl.adapters.slot import Slot
 from lightning_cl.core.imports import require
+from lightning_cl.core.state import full_tensor
 from lightning_cl.quantization.layers import dequantize, is_quantized
 from lightning_cl.quantization.names import places
 from lightning_cl.quantization.reader import CheckpointReader
-from lightning_cl.quantization.saving import Entry, base_entries, full_tensor, hf_model, write_config, write_entries
+from lightning_cl.quantization.saving import Entry, base_entries, hf_model, write_config, write_entries
 from lightning_cl.quantization.writer import Planned
 
 __all__ = ["write_merged"]

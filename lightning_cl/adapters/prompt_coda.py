@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from lightning_cl.adapters.prompt_backbone import Backbone
@@ -15,7 +14,7 @@ from lightning_cl.adapters.prompt_pool import Chosen, Prompts, Query
 from lightning_cl.adapters.prompted import PromptTuning, prompts_in
 from lightning_cl.core.card import MethodCard
 from lightning_cl.core.checks import check_automatic_optimization, check_count, check_positive
-from lightning_cl.core.state import local, shard
+from lightning_cl.core.state import fill, full_copy
 from lightning_cl.functional.prompts import component_weights, orthonormalise_, prompt_orthogonality
 
 __all__ = ["CODAPrompt"]
@@ -162,10 +161,10 @@ class CODAPrompt(PromptTuning):
         if not self._task:
             return
         for name in prompts.by_task:
-            parameter: Tensor = getattr(prompts, name).detach()
-            rows = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.clone()
+            parameter: Tensor = getattr(prompts, name)
+            rows = full_copy(parameter)
             prompts.orthonormalise_(rows, self._task)
-            local(parameter).copy_(shard(rows, parameter))
+            fill(parameter, rows)
 
     @override
     def loss_term(

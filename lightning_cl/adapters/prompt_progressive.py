@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from lightning_cl.adapters.prompt_backbone import Backbone
@@ -17,7 +16,7 @@ from lightning_cl.adapters.prompted import PromptTuning, prompts_in
 from lightning_cl.core.card import MethodCard
 from lightning_cl.core.checks import check_count
 from lightning_cl.core.rng import derived_seed
-from lightning_cl.core.state import local, reshard, shard
+from lightning_cl.core.state import full_copy, local, reshard, shard
 from lightning_cl.core.stream import TaskStream
 from lightning_cl.core.task import Task
 
@@ -199,15 +198,11 @@ class ProgressivePrompts(PromptTuning):
         if prompts.residual is None:
             return
         reshard(pl_module)
-        tokens = _whole(prompts.tokens)
-        first, bias, second, last_bias = (_whole(parameter) for parameter in prompts.residual.parameters())
+        tokens = full_copy(prompts.tokens)
+        first, bias, second, last_bias = (full_copy(parameter) for parameter in prompts.residual.parameters())
         hidden = torch.relu(nn.functional.linear(tokens[self._task], first, bias))
         tokens[self._task] += nn.functional.linear(hidden, second, last_bias)
         generator = torch.Generator().manual_seed(derived_seed(self.seed, "residual", self._task))
         parameters, values = prompts.fresh_residual(generator)
         for parameter, value in zip([prompts.tokens, *parameters], [tokens, *values], strict=True):
             local(parameter).copy_(shard(value, parameter))
-
-
-def _whole(parameter: Tensor) -> Tensor:
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.clone()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -19,8 +18,16 @@ from lightning_cl.adapters.joint_replay import refuse_joint_replay
 from lightning_cl.adapters.prompt_backbone import Backbone, find_backbone
 from lightning_cl.adapters.prompt_pool import Prompts, Query
 from lightning_cl.core.callback import ContinualCallback
-from lightning_cl.core.checks import check_automatic_optimization, check_choice, check_count, check_positive
+from lightning_cl.core.checks import (
+    check_automatic_optimization,
+    check_choice,
+    check_count,
+    check_patterns,
+    check_positive,
+    match_parameters,
+)
 from lightning_cl.core.footprint import Footprint
+from lightning_cl.core.freezing import FrozenForFit
 from lightning_cl.core.reduction import check_trainable
 from lightning_cl.core.rng import derived_seed
 from lightning_cl.core.state import local, reshard, shard
@@ -67,8 +74,7 @@ class PromptTuning(ContinualCallback):
         if num_tasks is not None:
             check_count("num_tasks", num_tasks)
         check_choice("query", query, ("cls", "mean"))
-        if isinstance(trainable, str):
-            raise ValueError(f"`trainable` must be a list of patterns, such as {[trainable]}, got {trainable!r}.")
+        check_patterns("trainable", trainable)
         self.num_tasks = num_tasks
         self.query = query
         self.backbone = backbone
@@ -76,7 +82,7 @@ class PromptTuning(ContinualCallback):
         self.seed = seed
         # rows of the present task, tasks that ended, and tasks that began, over all fits of this callback
         self._task = self._finished = self._begun = 0
-        self._frozen: list[str] = []
+        self._frozen = FrozenForFit()
         self._rows: dict[str, Tensor] | None = None
 
     @abstractmethod
@@ -146,29 +152,17 @@ class PromptTuning(ContinualCallback):
         backbone = find_backbone(pl_module, self.backbone)
         inside = f"{backbone.name}."
         outputs = {id(p) for p in _output_embeddings(pl_module)}
-        names = [name for name, _ in pl_module.named_parameters()]
-        for pattern in self.trainable or ():
-            if not any(fnmatchcase(name, pattern) for name in names):
-                raise ValueError(
-                    f"`trainable` pattern {pattern!r} matches no parameter of {type(pl_module).__name__}. Its names"
-                    f" look like {names[:3]}."
-                )
-        for name, parameter in pl_module.named_parameters():
-            if name.startswith(f"{inside}prompts."):
-                continue
-            trains = not name.startswith(inside) and id(parameter) not in outputs
-            if self.trainable is not None:
-                trains = any(fnmatchcase(name, pattern) for pattern in self.trainable)
-            if parameter.requires_grad and not trains:
-                parameter.requires_grad_(False)
-                self._frozen.append(name)
+        parameters = dict(pl_module.named_parameters())
+        train = match_parameters(pl_module, "trainable", self.trainable)
+        if self.trainable is None:
+            train = {name for name, p in parameters.items() if not name.startswith(inside) and id(p) not in outputs}
+        prompts = {name for name in parameters if name.startswith(f"{inside}prompts.")}
+        self._frozen.freeze(pl_module, parameters.keys() - train - prompts)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        parameters = dict(pl_module.named_parameters())
-        for name in self._frozen:
-            parameters[name].requires_grad_(True)
-        self._frozen, self._rows = [], None
+        self._frozen.thaw(pl_module)
+        self._rows = None
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -11,10 +11,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_cl.adapters.slot import Slot, fill
+from lightning_cl.adapters.slot import Slot
 from lightning_cl.adapters.slots import AdapterSlots
 from lightning_cl.core.card import MethodCard
 from lightning_cl.core.events import TaskEvents
+from lightning_cl.core.state import fill
 from lightning_cl.core.task import Task
 from lightning_cl.functional.sd_lora import direction_and_magnitude, fit_direction
 

@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 from typing_extensions import override
 
-from lightning_cl.core.state import local, shard
+from lightning_cl.core.state import fill, full_copy
 from lightning_cl.functional.low_rank import wide
 from lightning_cl.quantization.layers import dequantize, is_quantized
 
@@ -172,18 +171,18 @@ class Slot:
 
     def weights(self, adapter: str) -> tuple[Tensor, Tensor]:
         """Return whole, plain copies of A ``[r, in]`` and B ``[out, r]`` as they are; all ranks must call this."""
-        return _full(self.down(adapter).weight), _full(self.up(adapter).weight)
+        return full_copy(self.down(adapter).weight), full_copy(self.up(adapter).weight)
 
     def mixing(self, adapter: str) -> Tensor:
         """Return a whole, plain copy of the values of a mixing; all ranks must call this."""
-        return _full(self.parameters(adapter)["mixing"])
+        return full_copy(self.parameters(adapter)["mixing"])
 
     def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
         """Return whole, plain :math:`M A` ``[r, in]`` and :math:`B` ``[out, r]``, in float32 or above.
 
         The scaling is not in them. All ranks must call this.
         """
-        whole = {name: wide(_full(parameter)) for name, parameter in self.parameters(adapter).items()}
+        whole = {name: wide(full_copy(parameter)) for name, parameter in self.parameters(adapter).items()}
         down = whole["lora_A"]
         if "mixing" in whole:
             gates = self.down(adapter).gates(whole["mixing"])
@@ -203,7 +202,7 @@ class Slot:
     def base_weight(self) -> Tensor:
         """Return the whole weight ``[out, in]`` of the base, dequantized, in float32; all ranks must call this."""
         base = self.layer.get_base_layer()
-        weight = dequantize(base).float() if is_quantized(base) else _full(base.weight).float()
+        weight = dequantize(base).float() if is_quantized(base) else full_copy(base.weight).float()
         return weight.mT if getattr(self.layer, "fan_in_fan_out", False) else weight
 
 
@@ -222,14 +221,3 @@ def _delta_weight(downs: Any, ups: Any, scalings: dict[str, float], transposed: 
         weight = down.mix(weight.mT).mT
     delta: Tensor = accurate @ weight * scalings[adapter]
     return (delta.mT if transposed else delta).to(up.dtype)
-
-
-@torch.no_grad()
-def fill(parameter: Tensor, value: Tensor) -> None:
-    """Copy a whole tensor into a parameter, or what belongs there into the shard of it that this rank holds."""
-    local(parameter.detach()).copy_(shard(value.to(parameter.dtype), parameter))
-
-
-def _full(parameter: Tensor) -> Tensor:
-    parameter = parameter.detach()
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.clone()

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.functional import linear, pad
 
 from lightning_cl.adapters.slot import Slot
-from lightning_cl.core.state import reshard
+from lightning_cl.core.state import full_copy, reshard
 from lightning_cl.functional.masked_scores import mask_scores
 from lightning_cl.mixins.incremental_head import IncrementalHead
 
@@ -52,7 +50,7 @@ class TaskHeads:
         if self.name is not None:
             reshard(pl_module)
             layer = pl_module.get_submodule(self.name)
-            kept = {name: _whole(parameter) for name, parameter in layer.named_parameters()}
+            kept = {name: full_copy(parameter) for name, parameter in layer.named_parameters()}
             if isinstance(layer, IncrementalHead):
                 kept["seen"] = layer.seen.clone()
             self._weights[task:] = [kept]
@@ -111,8 +109,3 @@ def _scores(inputs: Tensor, weights: dict[str, Tensor], like: Tensor) -> Tensor:
     # it may have grown since
     grown, seen = (0, like.shape[-1] - scores.shape[-1]), weights["seen"].to(like.device)
     return mask_scores(pad(scores, grown), pad(seen | ~seen.any(), grown))
-
-
-@torch.no_grad()
-def _whole(parameter: Tensor) -> Tensor:
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.clone()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
 from typing import ClassVar
 
 from lightning.pytorch import LightningModule, Trainer
@@ -13,6 +12,8 @@ from typing_extensions import override
 from lightning_cl.callbacks.layers import find_blocks, is_norm
 from lightning_cl.callbacks.partial import PartialUpdate
 from lightning_cl.core.card import MethodCard
+from lightning_cl.core.checks import check_patterns, match_parameters
+from lightning_cl.core.freezing import FrozenForFit
 from lightning_cl.core.update import OptimizerStep
 
 __all__ = ["FreezeExcept"]
@@ -58,8 +59,7 @@ class FreezeExcept(PartialUpdate):
         from_task: int = 0,
     ) -> None:
         super().__init__(from_task=from_task)
-        if isinstance(trainable, str):
-            raise ValueError(f"`trainable` must be a list of patterns, such as {[trainable]}, got {trainable!r}.")
+        check_patterns("trainable", trainable)
         if not isinstance(last_blocks, int) or last_blocks < 0:
             raise ValueError(f"`last_blocks` must be a number of blocks, 0 or above, got {last_blocks!r}.")
         if not trainable and not norms and not last_blocks:
@@ -73,30 +73,19 @@ class FreezeExcept(PartialUpdate):
         self.last_blocks = last_blocks
         self.blocks = blocks
         self._held: set[str] = set()
-        self._frozen: list[str] = []
+        self._frozen = FrozenForFit()
 
     # ------------------------------------------------------------------ freezing for a whole fit
 
     @override
     def prepare_module(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and not self.from_task:
-            self._freeze(pl_module)
-
-    def _freeze(self, pl_module: LightningModule) -> None:
-        train = self._named(pl_module)
-        self._frozen = [n for n, p in pl_module.named_parameters() if n not in train and p.requires_grad]
-        self._set_frozen(pl_module, frozen=True)
-
-    def _set_frozen(self, pl_module: LightningModule, *, frozen: bool) -> None:
-        names = set(self._frozen)
-        for name, parameter in pl_module.named_parameters():
-            if name in names:
-                parameter.requires_grad_(not frozen)
+            names = {name for name, _ in pl_module.named_parameters()}
+            self._frozen.freeze(pl_module, names - self._named(pl_module))
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._set_frozen(pl_module, frozen=False)
-        self._frozen = []
+        self._frozen.thaw(pl_module)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -118,16 +107,7 @@ class FreezeExcept(PartialUpdate):
 
     def _named(self, pl_module: LightningModule) -> set[str]:
         """Return the parameters that are to train."""
-        names = [name for name, _ in pl_module.named_parameters()]
-        found: set[str] = set()
-        for pattern in self.trainable or ():
-            matched = {name for name in names if fnmatchcase(name, pattern)}
-            if not matched:
-                raise ValueError(
-                    f"`trainable` pattern {pattern!r} matches no parameter of {type(pl_module).__name__}. Its names"
-                    f" look like {names[:3]}."
-                )
-            found |= matched
+        found = match_parameters(pl_module, "trainable", self.trainable)
         if self.norms:
             norms = [(path, module) for path, module in pl_module.named_modules() if is_norm(module)]
             named = {name for path, norm in norms for name, _ in norm.named_parameters(prefix=path)}

@@ -16,8 +16,10 @@ __all__ = [
     "check_count",
     "check_gradients",
     "check_launcher",
+    "check_patterns",
     "check_positive",
     "check_replicas",
+    "match_parameters",
     "select_parameters",
 ]
 
@@ -88,6 +90,31 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 
 
+def check_patterns(setting: str, patterns: Sequence[str] | None) -> None:
+    """Raise ``ValueError`` if one pattern was given for a list of them."""
+    if isinstance(patterns, str):
+        raise ValueError(f"`{setting}` must be a list of patterns, such as {[patterns]}, got {patterns!r}.")
+
+
+def match_parameters(pl_module: LightningModule, setting: str, patterns: Sequence[str] | None) -> set[str]:
+    """Return the names of the parameters that match a pattern (as in :mod:`fnmatch`); none if there are no patterns.
+
+    Raises:
+        ValueError: If a pattern matches no parameter.
+    """
+    names = [name for name, _ in pl_module.named_parameters()]
+    found: set[str] = set()
+    for pattern in patterns or ():
+        matched = {name for name in names if fnmatchcase(name, pattern)}
+        if not matched:
+            raise ValueError(
+                f"`{setting}` pattern {pattern!r} matches no parameter of {type(pl_module).__name__}. Its names"
+                f" look like {names[:3]}."
+            )
+        found |= matched
+    return found
+
+
 def select_parameters(
     pl_module: LightningModule, include: list[str] | None, exclude: list[str] | None
 ) -> dict[str, Parameter]:
@@ -98,22 +125,14 @@ def select_parameters(
     Raises:
         ValueError: If a pattern matches no parameter, nothing trainable is left, or a setting is no list.
     """
-    names = [name for name, _ in pl_module.named_parameters()]
     for setting, patterns in (("include", include), ("exclude", exclude)):
-        if isinstance(patterns, str):
-            raise ValueError(f"`{setting}` must be a list of patterns, such as {[patterns]}, got {patterns!r}.")
-        for pattern in patterns or ():
-            if not any(fnmatchcase(name, pattern) for name in names):
-                raise ValueError(
-                    f"`{setting}` pattern {pattern!r} matches no parameter of {type(pl_module).__name__}. Its names"
-                    f" look like {names[:3]}."
-                )
+        check_patterns(setting, patterns)
+    included = match_parameters(pl_module, "include", include)
+    excluded = match_parameters(pl_module, "exclude", exclude)
     selected = {
         name: parameter
         for name, parameter in pl_module.named_parameters()
-        if parameter.requires_grad
-        and (include is None or any(fnmatchcase(name, pattern) for pattern in include))
-        and not any(fnmatchcase(name, pattern) for pattern in exclude or ())
+        if parameter.requires_grad and (include is None or name in included) and name not in excluded
     }
     if not selected:
         raise ValueError(

@@ -23,10 +23,18 @@ __all__ = [
     "check_metrics_apart",
     "count_exactly",
     "restore_steps",
+    "reveal_task",
     "run_validation",
 ]
 
 _MARK = "_lightning_cl_evaluation"
+
+
+def reveal_task(trainer: Trainer, pl_module: LightningModule, dataloader_idx: int) -> None:
+    """Tell the module the task of an evaluation batch, on a stream that shows it."""
+    stream = trainer.datamodule  # type: ignore[attr-defined]
+    if isinstance(stream, TaskStream) and stream.reveals_task:
+        pl_module.current_task = stream.evaluated_tasks()[dataloader_idx]  # type: ignore[assignment]
 
 
 def accept_dataloader_idx(pl_module: LightningModule) -> None:

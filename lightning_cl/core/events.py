@@ -26,6 +26,7 @@ from lightning_cl.core.evaluation import (
     average_over_loaders,
     count_exactly,
     restore_steps,
+    reveal_task,
     run_validation,
 )
 from lightning_cl.core.head import check_head
@@ -278,10 +279,6 @@ class TaskEvents(Callback):
 
     # ------------------------------------------------------------------ the task of an evaluation batch
 
-    def _reveal(self, pl_module: LightningModule, dataloader_idx: int) -> None:
-        if self._stream is not None and self._stream.reveals_task:
-            pl_module.current_task = self._stream.evaluated_tasks()[dataloader_idx]  # type: ignore[assignment]
-
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._task_before = getattr(pl_module, "current_task", None)
@@ -294,13 +291,13 @@ class TaskEvents(Callback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self._reveal(pl_module, dataloader_idx)
+        reveal_task(trainer, pl_module, dataloader_idx)
 
     @override
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self._reveal(pl_module, dataloader_idx)
+        reveal_task(trainer, pl_module, dataloader_idx)
 
     @override
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:

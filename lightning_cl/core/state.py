@@ -14,12 +14,40 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
 
-__all__ = ["ParameterState", "local", "reshard", "shard", "sum_over_shards", "sum_rows_over_shards"]
+__all__ = [
+    "ParameterState",
+    "fill",
+    "full_copy",
+    "full_tensor",
+    "local",
+    "reshard",
+    "shard",
+    "sum_over_shards",
+    "sum_rows_over_shards",
+]
 
 
 def local(tensor: Tensor) -> Tensor:
     """Return the shard of ``tensor`` that this rank holds; a plain tensor is its own shard."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Return the whole of a tensor, gathered from its shards if it has some; all ranks must call it."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def full_copy(tensor: Tensor) -> Tensor:
+    """Return the whole of a tensor in memory of its own; all ranks must call it."""
+    whole = full_tensor(tensor)
+    return whole if isinstance(tensor, DTensor) else whole.clone()
+
+
+@torch.no_grad()
+def fill(parameter: Tensor, value: Tensor) -> None:
+    """Copy a whole tensor into a parameter, or what belongs there into the shard of it that this rank holds."""
+    local(parameter.detach()).copy_(shard(value.to(parameter.dtype), parameter))
 
 
 def reshard(module: nn.Module) -> None:

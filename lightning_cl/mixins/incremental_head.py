@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from lightning_cl.core.checks import check_choice, check_count, check_positive
 from lightning_cl.core.rng import derived_seed
-from lightning_cl.core.state import local, reshard, shard
+from lightning_cl.core.state import full_tensor, local, reshard, shard
 from lightning_cl.core.task import Task
 from lightning_cl.core.task_layer import TaskLayer
 from lightning_cl.functional.cosine_head import cosine_scores
@@ -146,7 +146,7 @@ class IncrementalHead(TaskLayer):
             waiting = sorted(set(range(self.num_classes)) - set(new))
             self._set_rows([torch.zeros(len(waiting), *p.shape[1:]) for p in self._by_class()], waiting)
         elif self.start == "mean":
-            values = [_whole(p)[old].float().mean(0, keepdim=True) for p in self._by_class()]
+            values = [full_tensor(p)[old].float().mean(0, keepdim=True) for p in self._by_class()]
         self._set_rows(values, new)
         self.seen[new] = True
 
@@ -165,12 +165,14 @@ class IncrementalHead(TaskLayer):
     def _has_learned(self) -> bool:
         """Return whether rows are no longer those that the head was made with; no buffer could say it of any fit."""
         pairs = zip(self._by_class(), self._fresh(range(self.num_classes)), strict=True)
-        return not all(torch.equal(whole, rows.to(whole)) for whole, rows in ((_whole(p), rows) for p, rows in pairs))
+        return not all(
+            torch.equal(whole, rows.to(whole)) for whole, rows in ((full_tensor(p), rows) for p, rows in pairs)
+        )
 
     @torch.no_grad()
     def _set_rows(self, values: Sequence[Tensor], classes: Sequence[int]) -> None:
         for parameter, rows in zip(self._by_class(), values, strict=True):
-            whole = _whole(parameter).clone()
+            whole = full_tensor(parameter).clone()
             whole[list(classes)] = rows.to(whole)
             local(parameter.detach()).copy_(shard(whole, parameter))
 
@@ -201,11 +203,6 @@ class IncrementalHead(TaskLayer):
                 parameter.data = _lengthened(parameter.data, size)
             self.seen = _lengthened(self.seen, size)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _whole(parameter: Tensor) -> Tensor:
-    parameter = parameter.detach()
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 def _lengthened(tensor: Tensor, size: int) -> Tensor:

@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lightning_cl.core.distributed import gather_on_rank_zero, rank
 from lightning_cl.core.imports import require
-from lightning_cl.core.state import reshard
+from lightning_cl.core.state import full_tensor, reshard
 from lightning_cl.quantization.layers import int8_scales, is_int8, is_quantized
 from lightning_cl.quantization.names import places
 from lightning_cl.quantization.writer import CheckpointWriter, Planned
@@ -21,7 +20,6 @@ from lightning_cl.quantization.writer import CheckpointWriter, Planned
 __all__ = [
     "Entry",
     "base_entries",
-    "full_tensor",
     "hf_model",
     "quantized_state_dict",
     "save_quantized",
@@ -37,12 +35,6 @@ class Entry(NamedTuple):
 
     planned: Planned
     make: Callable[[], Tensor]
-
-
-def full_tensor(tensor: Tensor) -> Tensor:
-    """Return the whole of a tensor, gathered from its shards if it has some; all ranks must call it."""
-    tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def base_entries(module: nn.Module) -> Iterator[tuple[str, Any, Tensor]]:
