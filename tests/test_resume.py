@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+from torch.utils.data import Subset
 
 from killed import KILLED, assert_same, run, run_and_save
-from lightning_cl import ContinualCallback, TaskStreamDataModule
-from lightning_cl.datamodules import ClassIncremental
+from lightning_cl import EWC, ContinualCallback, TaskStreamDataModule
+from lightning_cl.datamodules import ClassIncremental, Predefined
 from ranks import exit_codes
 from toys import ToyModule, fit_stream, toy_data, toy_stream, trainer
 
@@ -165,6 +167,21 @@ def test_other_settings_resume_at_every_step(stream_settings: Any, trainer_setti
     for path in files[:-1]:
         elsewhere()
         assert_same(run(tmp_path / path.stem, ckpt_path=path, **settings), expected)
+
+
+def test_a_longer_task_after_a_short_one(tmp_path: Path) -> None:
+    """Saved at the last step of a task of two batches, a run makes all five of the next, not the last three."""
+    data = toy_data()
+
+    def fit(folder: str, ckpt_path: Path | None = None) -> Tensor:
+        parts = [Subset(data, range(12)), Subset(data, range(12, 48))]
+        stream = TaskStreamDataModule(parts, [data, data], scenario=Predefined(), batch_size=8)
+        saver = ModelCheckpoint(tmp_path / "saved", filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        return fit_stream(tmp_path / folder, [saver, EWC(1.0)], stream=stream, ckpt_path=ckpt_path)
+
+    expected = fit("straight")
+    for step in range(1, 7):
+        assert torch.equal(fit(str(step), tmp_path / "saved" / f"step={step}.ckpt"), expected)
 
 
 # ---------------------------------------------------------------------- refused

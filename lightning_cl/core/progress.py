@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -36,12 +37,17 @@ def evaluation_follows(trainer: Trainer) -> bool:
 
 
 def leave_finished_batches_behind(trainer: Trainer) -> None:
-    """Let a run that was saved at the start of an epoch begin it.
+    """Let a run that was saved at the start of an epoch, or at the end of the one before, begin it.
 
-    Lightning takes the batches of the epoch before for those of this one, and leaves them out.
+    Lightning takes the batches of the epoch before for those of this one, and leaves them out; in the second case if
+    this one has more of them, as the first epoch of a longer task.
     """
+    loop = trainer.fit_loop.epoch_loop
     if trainer.fit_loop.restarted_on_epoch_start:
-        trainer.fit_loop.epoch_loop.restarting = False
+        loop.restarting = False
+    if loop.restarted_on_train_batch_end and loop.batch_progress.is_last_batch:
+        # no fewer than any epoch has, by which Lightning knows that they are of a finished one
+        loop.batch_progress.current.completed = sys.maxsize
 
 
 def _batches(trainer: Trainer) -> Any:
