@@ -12,12 +12,14 @@ from lightning_cl.adapters import (
     DualPrompt,
     DynamicConPET,
     GrowingLoRA,
+    GSLoRA,
     InfLoRA,
     LoRAFA,
     OLoRA,
     PeriodicLoRA,
     ProgressivePrompts,
     SDLoRA,
+    SlicedAdapters,
     SPrompts,
     StaticConPET,
 )
@@ -59,9 +61,10 @@ from lightning_cl.callbacks import (
     TaskProgressBar,
 )
 from lightning_cl.core import ContinualCallback, Task
-from lightning_cl.datamodules import TaskStreamDataModule
+from lightning_cl.datamodules import ForgetRequest, TaskStreamDataModule, UnlearningDataModule
 from lightning_cl.mixins import IncrementalHead, MaskedHead
 from lightning_cl.strategies import FSDP2Strategy
+from lightning_cl.unlearning import SelectiveSynapticDampening, TaskVectorNegation, Unlearn
 
 __all__ = [
     "AGEM",
@@ -91,7 +94,9 @@ __all__ = [
     "ExperienceReplay",
     "FSDP2Strategy",
     "FeatureDistillation",
+    "ForgetRequest",
     "FreezeExcept",
+    "GSLoRA",
     "GradientMask",
     "GradientProjection",
     "GrowingLoRA",
@@ -114,8 +119,10 @@ __all__ = [
     "SDLoRA",
     "SPrompts",
     "SalientLayers",
+    "SelectiveSynapticDampening",
     "SelfRehearsal",
     "SingularSubspaceProjection",
+    "SlicedAdapters",
     "SoftMask",
     "SpikeAware",
     "SpikeMonitor",
@@ -123,5 +130,8 @@ __all__ = [
     "Task",
     "TaskProgressBar",
     "TaskStreamDataModule",
+    "TaskVectorNegation",
+    "Unlearn",
+    "UnlearningDataModule",
     "__version__",
 ]

@@ -9,6 +9,7 @@ from lightning_cl.adapters.curlora import CURLoRA
 from lightning_cl.adapters.dynamic_conpet import DynamicConPET
 from lightning_cl.adapters.export import export
 from lightning_cl.adapters.growing_lora import GrowingLoRA
+from lightning_cl.adapters.gs_lora import GSLoRA
 from lightning_cl.adapters.inflora import InfLoRA
 from lightning_cl.adapters.lorafa import LoRAFA
 from lightning_cl.adapters.olora import OLoRA
@@ -19,10 +20,12 @@ from lightning_cl.adapters.prompt_l2p import L2P
 from lightning_cl.adapters.prompt_progressive import ProgressivePrompts
 from lightning_cl.adapters.prompt_s import SPrompts
 from lightning_cl.adapters.sd_lora import SDLoRA
+from lightning_cl.adapters.sliced import SlicedAdapters
 from lightning_cl.adapters.slot import Slot, SlotFactor
 from lightning_cl.adapters.slots import AdapterSlots
 from lightning_cl.adapters.starts import AdapterStart
 from lightning_cl.adapters.static_conpet import StaticConPET
+from lightning_cl.adapters.uld import LogitDifference, build_assistant
 from lightning_cl.core.adapters import adapters_disabled
 
 __all__ = [
@@ -36,19 +39,23 @@ __all__ = [
     "CoLoR",
     "DualPrompt",
     "DynamicConPET",
+    "GSLoRA",
     "GrowingLoRA",
     "InfLoRA",
     "LoRAFA",
+    "LogitDifference",
     "OLoRA",
     "PeriodicLoRA",
     "ProgressivePrompts",
     "SDLoRA",
     "SPrompts",
+    "SlicedAdapters",
     "Slot",
     "SlotFactor",
     "StaticConPET",
     "adapters_disabled",
     "add_adapters",
+    "build_assistant",
     "export",
     "insert_blocks",
     "inserted_blocks",

@@ -16,7 +16,7 @@ from lightning_cl.adapters.identity import first_tensor, identity_copy
 from lightning_cl.core.adapters import has_adapters
 from lightning_cl.core.checks import check_count
 
-__all__ = ["insert_blocks", "inserted_blocks"]
+__all__ = ["insert_blocks", "inserted_blocks", "keep_blocks"]
 
 _MARK = "_lightning_cl_inserted"
 
@@ -105,6 +105,18 @@ def insert_blocks(network: nn.Module, count: int, *, stack: str | None = None, e
 def inserted_blocks(network: nn.Module) -> list[str]:
     """Return the names of the blocks that :func:`insert_blocks` put into a network; a loaded one knows them no more."""
     return [name for name, module in network.named_modules() if getattr(module, _MARK, False)]
+
+
+def keep_blocks(network: nn.Module, count: int) -> None:
+    """Cut a network of transformers off behind its first ``count`` blocks, in place; its config follows.
+
+    Raises:
+        ValueError: If it has fewer blocks, or if the list of them cannot be found.
+    """
+    name, blocks = _find_stack(network, None)
+    if count > len(blocks):
+        raise ValueError(f"{name!r} of {type(network).__name__} has {len(blocks)} blocks, and {count} shall be kept.")
+    _number(network, blocks, list(enumerate(blocks))[:count])
 
 
 # ---------------------------------------------------------------------- what it is for

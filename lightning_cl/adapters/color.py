@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
+import torch
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
@@ -11,6 +13,8 @@ from lightning_cl.adapters.routed import RoutedSlots
 from lightning_cl.adapters.router import PrototypeRouter
 from lightning_cl.core.batches import BatchAdapter
 from lightning_cl.core.card import MethodCard
+from lightning_cl.core.requests import Influence, RequestStream
+from lightning_cl.core.task import Task
 from lightning_cl.functional.prototypes import Metric
 
 __all__ = ["CoLoR"]
@@ -88,6 +92,9 @@ class CoLoR(RoutedSlots):
         self.k = k
         self.metric = metric
         self.router = PrototypeRouter(k, metric, seed=seed)
+        # identities of the samples that a task's prototypes are made of, and tasks that some were forgotten of
+        self._clustered: dict[int, Tensor] = {}
+        self._stale: set[int] = set()
 
     @property
     @override
@@ -95,8 +102,38 @@ class CoLoR(RoutedSlots):
         return len(self.router)
 
     @override
-    def learn(self, index: int, features: Tensor) -> None:
+    def learn(self, index: int, features: Tensor, sample_ids: Tensor) -> None:
         self.router.add(index, features)
+        self._clustered[index] = sample_ids
+
+    # ------------------------------------------------------------------ requests to forget
+
+    @override
+    def forget_samples(self, trainer: Trainer, pl_module: LightningModule, sample_ids: Tensor) -> list[Influence]:
+        kept = {index: ids[~torch.isin(ids, sample_ids.cpu())] for index, ids in self._clustered.items()}
+        self._stale |= {index for index, ids in kept.items() if len(ids) < len(self._clustered[index])}
+        self._clustered = kept
+        emptied = [index for index in self._stale if not len(kept[index])]
+        for index in emptied:
+            # no sample is given the adapter of a task that is forgotten as a whole
+            del self.router.prototypes[index], self._clustered[index]
+        self._stale -= set(emptied)
+        name = type(self).__name__
+        return [Influence(name, "prototypes of tasks", "removed", len(emptied))] if emptied else []
+
+    @override
+    def renew_state(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> list[Influence]:
+        found = super().renew_state(trainer, pl_module, task)
+        if self._stale:
+            readable = isinstance(trainer.datamodule, RequestStream)  # type: ignore[attr-defined]
+            for index in sorted(self._stale) if readable else ():
+                self._learn(trainer, pl_module, index, self._clustered[index])
+            outcome: Literal["recomputed", "remains"] = "recomputed" if readable else "remains"
+            found.append(Influence(type(self).__name__, "prototypes of tasks", outcome, len(self._stale)))
+            self._stale = set()
+        return found
+
+    # ------------------------------------------------------------------ checkpoints
 
     @override
     def choose(self, features: Tensor) -> Tensor:
@@ -108,9 +145,15 @@ class CoLoR(RoutedSlots):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "router": self.router.state_dict()}
+        return {
+            **super().state_dict(),
+            "router": self.router.state_dict(),
+            "clustered": dict(self._clustered),
+            "stale": sorted(self._stale),
+        }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self.router.load_state_dict(state_dict["router"])
+        self._clustered, self._stale = dict(state_dict["clustered"]), set(state_dict["stale"])

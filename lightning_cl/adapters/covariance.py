@@ -42,6 +42,7 @@ def input_covariances(
     slots: Mapping[str, Slot],
     adapter: BatchAdapter,
     n_samples: int | None = None,
+    sample_ids: Tensor | None = None,
 ) -> dict[str, Tensor]:
     r"""Return :math:`C = \frac{1}{n} \sum_{i=1}^{n} x_i x_i^\top` of the inputs of each layer over the current task.
 
@@ -57,6 +58,7 @@ def input_covariances(
         slots: The layers.
         adapter: Reads batch sizes and masks.
         n_samples: Samples to read, over all ranks; the whole task if ``None``.
+        sample_ids: Identities of samples to read in the place of the task's.
 
     Returns:
         C by the name of the layer, ``[d, d]``: the same object for layers that share their inputs, zeros for a layer
@@ -67,7 +69,7 @@ def input_covariances(
     """
 
     def read(*, share: bool) -> InputSums:
-        batches = (batch for batch, _ in task_batches(trainer, pl_module, adapter, n_samples))
+        batches = (batch for batch, _ in task_batches(trainer, pl_module, adapter, n_samples, sample_ids))
         return InputSums(slots, pl_module.device, share=share).read(pl_module, adapter, batches)
 
     sums = read(share=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
@@ -13,6 +14,7 @@ from lightning_cl.core.batches import BatchAdapter
 from lightning_cl.core.card import MethodCard
 from lightning_cl.core.checks import check_count, check_positive
 from lightning_cl.core.distributed import copy_of_rank_zero_
+from lightning_cl.core.requests import Influence, RequestStream
 from lightning_cl.core.rng import derived_seed
 from lightning_cl.functional.task_selector import likeliest_tasks, train_selector
 
@@ -88,27 +90,53 @@ class DynamicConPET(RoutedSlots):
         self.top_k = top_k
         self.memory = memory
         self.penalty = penalty
-        # features of each task, in an order drawn once
+        # features of each task, in an order drawn once, and the identities of their samples
         self._kept: list[Tensor] = []
+        self._kept_ids: list[Tensor] = []
         self._selector: tuple[Tensor, Tensor] | None = None
 
     @property
     @override
     def known(self) -> int:
-        return len(self._kept)
+        return 0 if self._selector is None else len(self._kept)
 
     @override
-    def learn(self, index: int, features: Tensor) -> None:
+    def learn(self, index: int, features: Tensor, sample_ids: Tensor) -> None:
         generator = torch.Generator().manual_seed(derived_seed(self.seed, "selector", index))
         order = torch.randperm(len(features), generator=generator)
         share = max(self.memory // (index + 1), 1)
-        kept = [*self._kept[:index], features[order.to(features.device)]]
+        kept, ids = (
+            [*self._kept[:index], features[order.to(features.device)]],
+            [*self._kept_ids[:index], sample_ids[order]],
+        )
         self._kept = [rows[:share].clone() for rows in kept]
+        self._kept_ids = [rows[:share].clone() for rows in ids]
+        self._train(features.device)
+
+    def _train(self, device: torch.device) -> None:
         tasks = [torch.full((len(rows),), task) for task, rows in enumerate(self._kept)]
-        everything = torch.cat([rows.to(features.device) for rows in self._kept])
-        weight, bias = train_selector(everything, torch.cat(tasks).to(features.device), index + 1, self.penalty)
+        everything = torch.cat([rows.to(device) for rows in self._kept])
+        weight, bias = train_selector(everything, torch.cat(tasks).to(device), len(self._kept), self.penalty)
         # devices may round unlike
         self._selector = copy_of_rank_zero_(weight), copy_of_rank_zero_(bias)
+
+    @override
+    def forget_samples(self, trainer: Trainer, pl_module: LightningModule, sample_ids: Tensor) -> list[Influence]:
+        if not isinstance(trainer.datamodule, RequestStream):  # type: ignore[attr-defined]
+            # they cannot be told from others
+            return [Influence(type(self).__name__, "feature vectors in memory", "remains")] if self._kept else []
+        stay = [~torch.isin(ids, sample_ids.cpu()) for ids in self._kept_ids]
+        removed = sum(int((~mask).sum()) for mask in stay)
+        name = type(self).__name__
+        found = [Influence(name, "feature vectors in memory", "removed", removed)]
+        if removed:
+            self._kept = [rows[mask.to(rows.device)] for rows, mask in zip(self._kept, stay, strict=True)]
+            self._kept_ids = [ids[mask] for ids, mask in zip(self._kept_ids, stay, strict=True)]
+            self._selector = None
+            if any(len(rows) for rows in self._kept):
+                self._train(pl_module.device)
+                found.append(Influence(name, "the selector", "recomputed"))
+        return found
 
     @override
     def choose(self, features: Tensor) -> Tensor:
@@ -123,10 +151,16 @@ class DynamicConPET(RoutedSlots):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "kept": list(self._kept), "selector": self._selector}
+        return {
+            **super().state_dict(),
+            "kept": list(self._kept),
+            "kept_ids": list(self._kept_ids),
+            "selector": self._selector,
+        }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._kept, selector = list(state_dict["kept"]), state_dict["selector"]
+        self._kept_ids = list(state_dict["kept_ids"])
         self._selector = None if selector is None else tuple(selector)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -21,10 +22,12 @@ from lightning_cl.adapters.covariance import (
 )
 from lightning_cl.adapters.slot import Slot
 from lightning_cl.adapters.slots import AdapterSlots
+from lightning_cl.callbacks.renewal import measured_again
 from lightning_cl.core.batches import BatchAdapter
 from lightning_cl.core.card import MethodCard
 from lightning_cl.core.checks import check_count
 from lightning_cl.core.footprint import Footprint
+from lightning_cl.core.requests import Influence
 from lightning_cl.core.shared_work import share_out
 from lightning_cl.core.task import Task
 from lightning_cl.functional.gpm import extend_basis
@@ -137,8 +140,22 @@ class InfLoRA(AdapterSlots):
 
     @override
     def on_task_end(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
-        covariances = input_covariances(trainer, pl_module, self.slots, self.adapter, self.n_samples)
-        threshold = self._threshold(task)
+        self._remember(trainer, pl_module, self._threshold(task))
+        super().on_task_end(trainer, pl_module, task)
+
+    @override
+    def renew_state(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> list[Influence]:
+        found = super().renew_state(trainer, pl_module, task)
+        if not self.memory:
+            return found
+        measure = partial(self._remember, trainer, pl_module, self._threshold(task))
+        return [*found, measured_again(trainer, task, self, "the subspaces of inputs", self.memory.clear, measure)]
+
+    def _remember(
+        self, trainer: Trainer, pl_module: LightningModule, threshold: float, sample_ids: Tensor | None = None
+    ) -> None:
+        """Take the inputs that a task shows into the memory, or those of samples by their identities."""
+        covariances = input_covariances(trainer, pl_module, self.slots, self.adapter, self.n_samples, sample_ids)
         members = {names[0]: names for names in by_identity(covariances, self.memory)}
 
         def extend(name: str, covariance: Tensor) -> Subspace:
@@ -150,7 +167,6 @@ class InfLoRA(AdapterSlots):
         for first, subspace in extended.items():
             self.memory |= dict.fromkeys(members[first], self._on_device(subspace, pl_module.device))
         self._report()
-        super().on_task_end(trainer, pl_module, task)
 
     def _threshold(self, task: Task) -> float:
         n_tasks = task.num_tasks or self.n_tasks

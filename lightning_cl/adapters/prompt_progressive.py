@@ -182,7 +182,10 @@ class ProgressivePrompts(PromptTuning):
 
     @override
     def on_task_start(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
-        if task.index != self._finished:
+        stream = trainer.datamodule  # type: ignore[attr-defined]
+        # requests to forget count among the tasks of a stream, and not among those that are evaluated
+        columns = stream.trained_by(task) if isinstance(stream, TaskStream) else [task.index]
+        if columns != [self._finished]:
             raise ValueError(
                 f"`ProgressivePrompts` finds the prompts of a task by its index, and task {task.index + 1} here comes"
                 f" after {self._finished} learned tasks. Learn all tasks in one stream, or begin with a fresh network"

@@ -133,7 +133,7 @@ class SPrompts(PromptTuning):
     def start_task(self, trainer: Trainer, pl_module: LightningModule, prompts: Prompts) -> None:
         assert isinstance(prompts, RoutedPrompts)
         queries: Any = _Queries(prompts)
-        features = task_features(trainer, pl_module, self._adapter, queries, nullcontext(), self.n_samples)
+        features, _ = task_features(trainer, pl_module, self._adapter, queries, nullcontext(), self.n_samples)
         router = PrototypeRouter(self.k, self.metric, seed=self.seed)
         router.add(self._task, features)
         centres = router.prototypes[self._task]

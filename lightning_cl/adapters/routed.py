@@ -17,13 +17,12 @@ from typing_extensions import override
 
 from lightning_cl.adapters.batch_first import check_batch_first
 from lightning_cl.adapters.evaluated import EvaluatedBatches
-from lightning_cl.adapters.joint_replay import refuse_joint_replay
+from lightning_cl.adapters.joint_replay import refuse_joint_replay, refuse_teachers
 from lightning_cl.adapters.own_classes import OwnClasses
 from lightning_cl.adapters.router import task_features
 from lightning_cl.adapters.slot import Slot
 from lightning_cl.adapters.slots import AdapterSlots
 from lightning_cl.adapters.task_heads import TaskHeads, incremental_head
-from lightning_cl.callbacks.distillation import Distillation
 from lightning_cl.core.adapters import adapters_disabled
 from lightning_cl.core.batches import BatchAdapter
 from lightning_cl.core.capture import OutputCapture, run_evaluation_step, run_step, undisturbed
@@ -31,6 +30,7 @@ from lightning_cl.core.checks import check_automatic_optimization, check_choice,
 from lightning_cl.core.events import TaskEvents
 from lightning_cl.core.footprint import Footprint
 from lightning_cl.core.head import find_head
+from lightning_cl.core.requests import Influence
 from lightning_cl.core.stream import TaskStream
 from lightning_cl.core.task import Task
 from lightning_cl.core.task_data import task_batches
@@ -110,8 +110,8 @@ class RoutedSlots(EvaluatedBatches, AdapterSlots):
         """How many tasks there are to choose from; with 0 of them, the present adapter acts alone."""
 
     @abstractmethod
-    def learn(self, index: int, features: Tensor) -> None:
-        """Take the features [N, D] of a task, those of all ranks; called on all ranks."""
+    def learn(self, index: int, features: Tensor, sample_ids: Tensor) -> None:
+        """Take the features [N, D] of a task and the identities of its samples, those of all ranks; called on all."""
 
     @abstractmethod
     def choose(self, features: Tensor) -> Tensor:
@@ -134,18 +134,8 @@ class RoutedSlots(EvaluatedBatches, AdapterSlots):
                 way_out = "Use `mask_classes=False`."
                 check_automatic_optimization(pl_module, self, "mask_classes=True", way_out)
             refuse_joint_replay(trainer, name, "an adapter", "AdapterSlots")
-            self._refuse_teachers(trainer)
+            refuse_teachers(trainer, name)
         super().setup(trainer, pl_module, stage)
-
-    def _refuse_teachers(self, trainer: Trainer) -> None:
-        for other in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(other, Distillation) and other.teacher == "previous":
-                raise ValueError(
-                    f"`{type(other).__name__}(teacher='previous')` teaches with the weights that the task before ended"
-                    f" with, and while `{type(self).__name__}` trains, no adapter of a finished task acts: it would"
-                    " teach what the bare base says. Leave it out, because an adapter for each task forgets nothing,"
-                    " take `teacher='base'` if the base is meant, or use `AdapterSlots`."
-                )
 
     @override
     def prepare_module(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -212,6 +202,16 @@ class RoutedSlots(EvaluatedBatches, AdapterSlots):
         if self.features_from == "first" and not index:
             self._learn(trainer, pl_module, index)
 
+    @override
+    def renew_state(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> list[Influence]:
+        if self._is_trained():
+            rank_zero_warn(
+                f"The request {task.name!r} trained the adapter that `{type(self).__name__}` has for the coming task:"
+                " it is started anew, and those of finished tasks, which act on their samples, know what they knew."
+            )
+            self.restart(trainer, pl_module, task.index + 1)
+        return super().renew_state(trainer, pl_module, task)
+
     def _find_places(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find what the features and the scores are read of, on the first batch of a task."""
         name, batch = type(self).__name__, next(task_batches(trainer, pl_module, self.adapter))[0]
@@ -237,9 +237,9 @@ class RoutedSlots(EvaluatedBatches, AdapterSlots):
             # not with adapters: theirs is the last linear layer then
             return find_head(pl_module, self.logits, batch)
 
-    def _learn(self, trainer: Trainer, pl_module: LightningModule, index: int) -> None:
+    def _learn(self, trainer: Trainer, pl_module: LightningModule, index: int, ids: Tensor | None = None) -> None:
         around, capture = self._featured(pl_module), self._capture(pl_module)
-        self.learn(index, task_features(trainer, pl_module, self.adapter, capture, around, self.n_samples))
+        self.learn(index, *task_features(trainer, pl_module, self.adapter, capture, around, self.n_samples, ids))
 
     # ------------------------------------------------------------------ training
 

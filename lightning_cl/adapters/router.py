@@ -90,8 +90,11 @@ def task_features(
     capture: OutputCapture,
     around: AbstractContextManager[Any],
     n_samples: int | None = None,
-) -> Tensor:
-    """Return the features of the current task's samples on all ranks, float32 [N, D]; all ranks must call it.
+    sample_ids: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the features of the current task's samples on all ranks, float32 [N, D], and the samples' identities.
+
+    All ranks must call it.
 
     On a task stream they come in the order of the samples' identities, whatever the number of ranks and batches.
 
@@ -102,22 +105,24 @@ def task_features(
         capture: Records the features in a forward.
         around: What the forwards run in, such as with the adapters off.
         n_samples: Samples to read over all ranks; all if ``None``.
+        sample_ids: Identities of samples to read in the place of the task's.
 
     Raises:
         ValueError: If what is recorded has not one row for each sample.
     """
     rows, identities = [], []
     with undisturbed(pl_module, seed=0), around, capture, torch.no_grad():
-        for batch, sample_ids in task_batches(trainer, pl_module, adapter, n_samples):
+        for batch, found in task_batches(trainer, pl_module, adapter, n_samples, sample_ids):
             run_step(pl_module, batch, adapter)
-            found = pooled_features(capture.output, adapter.padding_mask(batch))
-            if len(found) != adapter.size(batch):
+            pooled = pooled_features(capture.output, adapter.padding_mask(batch))
+            if len(pooled) != adapter.size(batch):
                 raise ValueError(
                     f"Prototypes need one row of features for each sample, and for {adapter.size(batch)} samples found"
                     f" the shape {list(capture.output.shape)}. Name another submodule by `features`."
                 )
-            rows.append(found)
-            identities.append(sample_ids)
+            rows.append(pooled)
+            identities.append(found)
     features, _ = gather_rows(torch.cat(rows))
-    order = gather_rows(torch.cat(identities).to(features.device))[0].argsort(stable=True)
-    return features[order]
+    joined = gather_rows(torch.cat(identities).to(features.device))[0]
+    order = joined.argsort(stable=True)
+    return features[order], joined[order].cpu()

@@ -77,7 +77,8 @@ class SDLoRA(AdapterSlots):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._check_room(TaskEvents.attach(trainer).tasks_to_end(self) or 0)
+        # what a request teaches is kept as a task is
+        self._check_room(TaskEvents.attach(trainer).tasks_to_end(self, requests=True) or 0)
 
     @override
     def on_task_start(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:

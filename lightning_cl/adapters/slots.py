@@ -24,6 +24,7 @@ from lightning_cl.core.checks import check_count
 from lightning_cl.core.distributed import copy_of_rank_zero_, max_over_ranks
 from lightning_cl.core.footprint import Footprint
 from lightning_cl.core.reduction import check_still_trainable, check_trainable
+from lightning_cl.core.requests import Influence
 from lightning_cl.core.rng import derived_seed
 from lightning_cl.core.state import local, reshard
 from lightning_cl.core.task import Task
@@ -282,6 +283,10 @@ class AdapterSlots(ContinualCallback):
         for optimizer in trainer.optimizers:
             reset_state(optimizer, started)
 
+    def _is_trained(self) -> bool:
+        """Return whether a present slot changes an output; all ranks must call this."""
+        return any([all(bool(part.any()) for part in slot.factors(slot.current)) for slot in self.slots.values()])
+
     def _refuse_non_finite(self, pl_module: LightningModule) -> None:
         """Refuse to keep for ever what a diverged task has left, before anything is written."""
         present = {name: slot.parameters(slot.current).values() for name, slot in self.slots.items()}
@@ -317,6 +322,15 @@ class AdapterSlots(ContinualCallback):
                     " `unmerge_adapter()` on the PEFT model."
                 )
         check_still_trainable(pl_module, self._trainable)
+
+    @override
+    def renew_state(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> list[Influence]:
+        if self._is_trained():
+            # what the request taught is kept, and the next task begins with an adapter as others do
+            self.finish(trainer, pl_module, task.index + 1)
+        if not any(len(segments) > 1 for segments in self.segments.values()):
+            return []
+        return [Influence(type(self).__name__, "factors of finished tasks, in the module", "remains")]
 
     @override
     def footprint(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Footprint:

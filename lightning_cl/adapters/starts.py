@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -22,10 +23,12 @@ from lightning_cl.adapters.covariance import (
 )
 from lightning_cl.adapters.slot import Slot
 from lightning_cl.adapters.slots import AdapterSlots
+from lightning_cl.callbacks.renewal import measured_again
 from lightning_cl.core.batches import BatchAdapter
 from lightning_cl.core.callback import ContinualCallback
 from lightning_cl.core.checks import check_choice, check_count
 from lightning_cl.core.footprint import Footprint
+from lightning_cl.core.requests import Influence
 from lightning_cl.core.rng import derived_seed
 from lightning_cl.core.task import Task
 from lightning_cl.functional.adapter_starts import least_context_rows, variance_rows
@@ -151,7 +154,19 @@ class AdapterStart(ContinualCallback):
     def on_task_end(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
         if self.kind != "corda":
             return
-        new = input_covariances(trainer, pl_module, _slots(trainer), self.adapter, self.n_samples)
+        self._add_context(trainer, pl_module)
+
+    @override
+    def renew_state(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> list[Influence]:
+        if not self.context:
+            return []
+        measure = partial(self._add_context, trainer, pl_module)
+        return [measured_again(trainer, task, self, "covariances of inputs", self.context.clear, measure)]
+
+    def _add_context(self, trainer: Trainer, pl_module: LightningModule, sample_ids: Tensor | None = None) -> None:
+        """Add the covariances of the inputs in a task, or of samples by their identities."""
+        slots = _slots(trainer)
+        new = input_covariances(trainer, pl_module, slots, self.adapter, self.n_samples, sample_ids)
         context: dict[str, Tensor] = {}
         for names in by_identity(new, self.context):
             total = new[names[0]].clone()

@@ -67,6 +67,7 @@ class ComponentClip(ContinualCallback):
         needs="nothing",
         state="nothing",
     )
+    acts_on: ClassVar[tuple[Literal["learn", "forget"], ...]] = ("learn", "forget")
     boundaries: ClassVar[Literal["required", "unused", "evaluation"]] = "unused"
     needs_state: ClassVar[bool] = False
 

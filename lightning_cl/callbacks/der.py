@@ -17,6 +17,7 @@ from lightning_cl.core.card import MethodCard
 from lightning_cl.core.checks import check_automatic_optimization, check_choice, check_positive
 from lightning_cl.core.footprint import Footprint
 from lightning_cl.core.head import LabelledStream
+from lightning_cl.core.requests import Influence
 from lightning_cl.core.rng import derived_seed
 from lightning_cl.core.step import loss_of
 from lightning_cl.core.task import Task
@@ -134,6 +135,11 @@ class DER(ReplayMemory):
         # a reservoir of one: the k-th takes the place with chance 1/k, which leaves each with the same
         keys = sample_keys(sample_ids.numpy(), derived_seed(self.seed, "presentation", presentation))
         return torch.from_numpy(keys / 2**64 + 0.5 < 1 / presentation)
+
+    @override
+    def renew_state(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> list[Influence]:
+        # what earlier weights said of them
+        return [Influence(type(self).__name__, "class scores of retained samples", "remains", self.buffer.total)]
 
     # ------------------------------------------------------------------ the step
 

@@ -16,6 +16,7 @@ from lightning_cl.core.callback import ContinualCallback
 from lightning_cl.core.checks import check_automatic_optimization, check_positive
 from lightning_cl.core.events import TaskEvents
 from lightning_cl.core.footprint import Footprint
+from lightning_cl.core.requests import Influence
 from lightning_cl.core.step import loss_of
 from lightning_cl.core.task import Task
 from lightning_cl.core.teacher import Teacher, TeacherKind
@@ -105,6 +106,11 @@ class Distillation(ContinualCallback):
     def on_task_end(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
         if self._keeps:
             self.teaching.warn_of_thawed(pl_module)
+
+    @override
+    def renew_state(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> list[Influence]:
+        outcome = self.teaching.renew(pl_module) if self._keeps else None
+        return [] if outcome is None else [Influence(type(self).__name__, "the weights of the teacher", outcome)]
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

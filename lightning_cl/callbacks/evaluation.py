@@ -32,6 +32,7 @@ class ContinualEvaluation(ContinualCallback):
         ValueError: If ``every_n_steps`` is below 1.
     """
 
+    acts_on: ClassVar[tuple[Literal["learn", "forget"], ...]] = ("learn", "forget")
     boundaries: ClassVar[Literal["required", "unused", "evaluation"]] = "evaluation"
     needs_state: ClassVar[bool] = False
 

@@ -84,7 +84,7 @@ class EWC(MeasuredPenalty):
         super().__init__(strength, estimator, include=include, exclude=exclude)
         self.fisher = fisher
         self.mode = mode
-        self.decay = decay
+        self.decay = self.fading = decay
 
     @override
     def merge(self, new: dict[str, Tensor], weights: dict[str, Tensor]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, ClassVar, get_args
 
 import torch
@@ -13,12 +14,14 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_cl.callbacks.distillation import Distillation
+from lightning_cl.callbacks.renewal import measured_again
 from lightning_cl.core.batches import BatchAdapter
 from lightning_cl.core.capture import OutputCapture, forward_step, undisturbed
 from lightning_cl.core.card import MethodCard
 from lightning_cl.core.checks import check_choice, check_positive
 from lightning_cl.core.distributed import copy_of_rank_zero_, gather_rows
 from lightning_cl.core.footprint import Footprint
+from lightning_cl.core.requests import Influence
 from lightning_cl.core.rng import derived_seed
 from lightning_cl.core.task import Task
 from lightning_cl.core.task_data import IdentifiedData, task_batches
@@ -168,16 +171,27 @@ class FeatureDistillation(Distillation):
     @override
     def on_task_end(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
         super().on_task_end(trainer, pl_module, task)
-        if not self.filters:
-            return
-        seed = derived_seed(self.seed, "filters", task.index)
+        if self.filters:
+            self._learn_filters(trainer, pl_module, derived_seed(self.seed, "filters", task.index))
+
+    @override
+    def renew_state(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> list[Influence]:
+        found = super().renew_state(trainer, pl_module, task)
+        if not self._weights:
+            return found
+        learn = partial(self._learn_filters, trainer, pl_module, derived_seed(self.seed, "filters", task.index))
+        return [*found, measured_again(trainer, task, self, "the filters", self._weights.clear, learn)]
+
+    def _learn_filters(
+        self, trainer: Trainer, pl_module: LightningModule, seed: int, sample_ids: Tensor | None = None
+    ) -> None:
         rows: dict[str, list[Tensor]] = {name: [] for name in self._watched}
         labels, ids = [], []
-        for batch, sample_ids in task_batches(trainer, pl_module, self.adapter, self.filter_samples):
+        for batch, found in task_batches(trainer, pl_module, self.adapter, self.filter_samples, sample_ids):
             for name, features in self._features(pl_module, batch, seed).items():
                 rows[name].append(features)
             labels.append(self._class_labels(batch))
-            ids.append(sample_ids)
+            ids.append(found)
         all_labels = gather_rows(torch.cat(labels))[0]
         # in an order that does not depend on ranks and batches
         identified = isinstance(trainer.datamodule, IdentifiedData)  # type: ignore[attr-defined]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, get_args
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.functional import cross_entropy
 
-from lightning_cl.callbacks.measuring import is_sharded, mean_over_samples, on_any_rank, single_rows
+from lightning_cl.callbacks.measuring import is_sharded, mean_over_samples, on_any_rank, single_rows, sum_over_samples
 from lightning_cl.core.batches import BatchAdapter, next_labels
 from lightning_cl.core.capture import OutputCapture, forward_loss, run_step, undisturbed
 from lightning_cl.core.checks import check_choice
@@ -55,6 +55,8 @@ class FisherEstimator:
     Raises:
         ValueError: If ``fisher`` is unknown.
     """
+
+    quantity = "Fisher information"
 
     def __init__(self, fisher: Estimator, adapter: BatchAdapter, n_samples: int | None, logits: str | None) -> None:
         check_choice("fisher", fisher, get_args(Estimator))
@@ -109,7 +111,12 @@ class FisherEstimator:
             )
 
     def estimate(
-        self, trainer: Trainer, pl_module: LightningModule, parameters: Mapping[str, Parameter], seed: int
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        parameters: Mapping[str, Parameter],
+        seed: int,
+        sample_ids: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Return the diagonal over the current task, float32, in the placement of each parameter.
 
@@ -120,24 +127,44 @@ class FisherEstimator:
             pl_module: The user's module.
             parameters: The parameters by name.
             seed: Seeds the labels of ``"sampled"``.
+            sample_ids: Identities of samples to measure on in the place of the task's.
 
         Raises:
             ValueError: If the task holds no sample.
+        """
+        batches = task_batches(trainer, pl_module, self.adapter, self.n_samples, sample_ids)
+        if not isinstance(trainer.datamodule, IdentifiedData):  # type: ignore[attr-defined]
+            # each rank counts from 0, and reads every world_size-th sample
+            batches = ((batch, ids * trainer.world_size + trainer.global_rank) for batch, ids in batches)
+        sums, count = self.sums_over(batches, pl_module, parameters, seed)
+        return mean_over_samples(sums, count, self.quantity)
+
+    def sums_over(
+        self,
+        batches: Iterable[tuple[Any, Tensor]],
+        pl_module: LightningModule,
+        parameters: Mapping[str, Tensor],
+        seed: int,
+    ) -> tuple[dict[str, Tensor], float]:
+        """Return the sums of squares over samples of all ranks, as local shards, and the number of samples.
+
+        Args:
+            batches: This rank's batches on the device, with the identities of their samples, int64 [n].
+            pl_module: The user's module.
+            parameters: The parameters by name.
+            seed: Seeds the labels of ``"sampled"``.
         """
         sums = accumulators(parameters, None)
         # what was frozen since the fit began matters nothing to this task
         parameters = {name: p for name, p in parameters.items() if p.requires_grad}
         count = 0
         with undisturbed(pl_module, seed), LayerTape(pl_module, list(parameters)) as tape:
-            for batch, sample_ids in task_batches(trainer, pl_module, self.adapter, self.n_samples):
-                if not self._uses_logits(pl_module):
+            for batch, sample_ids in batches:
+                if self._uses_logits(pl_module):
+                    count += self._add_from_logits(tape, pl_module, batch, sample_ids, seed, sums)
+                else:
                     count += self._add_from_losses(tape, pl_module, batch, sums)
-                    continue
-                if not isinstance(trainer.datamodule, IdentifiedData):  # type: ignore[attr-defined]
-                    # each rank counts from 0, and reads every world_size-th sample
-                    sample_ids = sample_ids * trainer.world_size + trainer.global_rank
-                count += self._add_from_logits(tape, pl_module, batch, sample_ids, seed, sums)
-        return mean_over_samples(sums, count, pl_module, "Fisher information")
+        return sum_over_samples(sums, count, pl_module)
 
     def rehearse(
         self, pl_module: LightningModule, parameters: Mapping[str, Parameter], batch: Any

@@ -86,7 +86,12 @@ class GateSensitivity:
             )
 
     def estimate(
-        self, trainer: Trainer, pl_module: LightningModule, layers: Mapping[str, nn.Module], seed: int
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        layers: Mapping[str, nn.Module],
+        seed: int,
+        sample_ids: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Return the sums over the current task's samples on all ranks, float32 [units], by layer.
 
@@ -95,11 +100,12 @@ class GateSensitivity:
             pl_module: The user's module.
             layers: Layers by name.
             seed: Seeds the generators that the module's step may draw from.
+            sample_ids: Identities of samples to measure on in the place of the task's.
         """
         sums = self._zeros(layers)
         sharded = is_sharded(dict(pl_module.named_parameters()))
         with undisturbed(pl_module, seed), _Gates(layers) as gates:
-            for batch, _ in task_batches(trainer, pl_module, self.adapter, self.n_samples):
+            for batch, _ in task_batches(trainer, pl_module, self.adapter, self.n_samples, sample_ids):
                 self._add(gates, pl_module, batch, sums, sharded)
         return {name: sum_over_ranks_(value) for name, value in sums.items()}
 

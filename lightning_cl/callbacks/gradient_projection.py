@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -16,10 +17,12 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from typing_extensions import override
 
 from lightning_cl.callbacks.projection import Others, Record, SubspaceProjection, row_offset, spread_over_ranks
+from lightning_cl.callbacks.renewal import measured_again
 from lightning_cl.core.batches import BatchAdapter
 from lightning_cl.core.card import MethodCard
 from lightning_cl.core.distributed import sum_over_ranks_
 from lightning_cl.core.footprint import Footprint
+from lightning_cl.core.requests import Influence
 from lightning_cl.core.state import ParameterState, local
 from lightning_cl.core.task import Task
 from lightning_cl.functional.gpm import add_gram_, empty_gram, extend_basis, input_shape
@@ -177,12 +180,25 @@ class GradientProjection(SubspaceProjection):
     @override
     def on_task_end(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
         self.anchors = ParameterState()
+        self._extend(trainer, pl_module, self.completed_tasks)
+
+    @override
+    def renew_state(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> list[Influence]:
+        if not self.subspaces:
+            return []
+        measure = partial(self._extend, trainer, pl_module, self.completed_tasks - 1)
+        return [measured_again(trainer, task, self, "the subspaces of inputs", self.subspaces.clear, measure)]
+
+    def _extend(
+        self, trainer: Trainer, pl_module: LightningModule, number: int, sample_ids: Tensor | None = None
+    ) -> None:
+        """Take into the subspaces what the task of this number shows, or samples by their identities."""
         grams = self._empty_grams(pl_module.device)
         with self.recording(pl_module, self._layers, self._adder(grams)) as run:
-            self.read_task(trainer, pl_module, run)
+            self.read_task(trainer, pl_module, run, sample_ids)
         for gram in grams.values():
             sum_over_ranks_(gram)
-        threshold = min(1.0, self.threshold + self.completed_tasks * self.threshold_step)
+        threshold = min(1.0, self.threshold + number * self.threshold_step)
 
         def extend(name: str, gram: Tensor) -> list[Subspace]:
             if name in self.subspaces:

@@ -20,6 +20,7 @@ from lightning_cl.core.classes import KnownClasses
 from lightning_cl.core.distributed import is_distributed
 from lightning_cl.core.events import TaskEvents
 from lightning_cl.core.footprint import Footprint
+from lightning_cl.core.requests import Influence
 from lightning_cl.core.step import loss_of
 from lightning_cl.core.task import Task
 from lightning_cl.core.teacher import Teacher, Watched
@@ -135,6 +136,11 @@ class ICaRL(NearestMeanReplay):
         super()._stop_watching()
         self._teacher.end_fit()
         self._watched = None
+
+    @override
+    def renew_state(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> list[Influence]:
+        outcome = self._teacher.renew(pl_module)
+        return [] if outcome is None else [Influence(type(self).__name__, "the weights of the teacher", outcome)]
 
     # ------------------------------------------------------------------ the step
 

@@ -16,6 +16,7 @@ from lightning_cl.core.card import MethodCard
 from lightning_cl.core.checks import check_choice, check_positive
 from lightning_cl.core.classes import KnownClasses
 from lightning_cl.core.distributed import is_distributed
+from lightning_cl.core.requests import Influence
 from lightning_cl.core.targets import predicts_next
 from lightning_cl.core.task import Task
 from lightning_cl.core.teacher import TeacherKind, Watched
@@ -143,6 +144,12 @@ class LwF(Distillation):
     def on_task_end(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
         super().on_task_end(trainer, pl_module, task)
         self._known.end_task(pl_module.device)
+
+    @override
+    def renew_state(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> list[Influence]:
+        if self.teacher == "pretrained":
+            self._teacher_width = self._width
+        return super().renew_state(trainer, pl_module, task)
 
     def _compared(self, device: torch.device) -> Tensor:
         if self._columns is None:

@@ -11,10 +11,14 @@ from torch.nn import Parameter
 from typing_extensions import override
 
 from lightning_cl.callbacks.penalty import QuadraticPenalty
+from lightning_cl.callbacks.renewal import measured_again
+from lightning_cl.core.batches import BatchAdapter
 from lightning_cl.core.footprint import Footprint
+from lightning_cl.core.requests import Influence
 from lightning_cl.core.rng import derived_seed
 from lightning_cl.core.state import local
 from lightning_cl.core.task import Task
+from lightning_cl.core.task_data import task_batches
 
 __all__ = ["MeasuredPenalty", "Measurement"]
 
@@ -23,18 +27,25 @@ class Measurement(Protocol):
     """Measures importances on the data of a task.
 
     Attributes:
+        adapter: Reads batches.
         by_sample: Whether it goes sample by sample; ``None`` before :meth:`check` found out.
     """
 
+    adapter: BatchAdapter
     by_sample: bool | None
 
     def check(self, pl_module: LightningModule, parameters: Mapping[str, Parameter], batch: Any) -> None:
         """Try it on a training batch, and raise what would fail at the task's end."""
 
     def estimate(
-        self, trainer: Trainer, pl_module: LightningModule, parameters: Mapping[str, Parameter], seed: int
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        parameters: Mapping[str, Parameter],
+        seed: int,
+        sample_ids: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Return the importances over the current task, as local shards."""
+        """Return the importances over the current task, or over samples by their identities, as local shards."""
         ...
 
     def rehearse(
@@ -54,7 +65,12 @@ class MeasuredPenalty(QuadraticPenalty):
         estimator: Measures the importances.
         include: Patterns (as in :mod:`fnmatch`) of the parameters to protect; all trainable ones if ``None``.
         exclude: Patterns of parameters to leave free.
+
+    Attributes:
+        fading: What stays of the importances of earlier tasks when another one is merged.
     """
+
+    fading: float = 1.0
 
     def __init__(
         self,
@@ -67,6 +83,8 @@ class MeasuredPenalty(QuadraticPenalty):
         super().__init__(strength, include=include, exclude=exclude)
         self.estimator = estimator
         self._checked = False
+        # the factors of all tasks in the importances, summed
+        self._tasks = 0.0
 
     def merge(self, new: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
         """Protect what the task that ends makes important, besides what earlier tasks did.
@@ -93,6 +111,31 @@ class MeasuredPenalty(QuadraticPenalty):
         self.warn_of_thawed(pl_module)
         new = self.estimator.estimate(trainer, pl_module, self.parameters, derived_seed("fisher", task.index))
         self.merge(new, self.present_weights())
+        self._tasks = self.fading * self._tasks + 1
+
+    @override
+    def renew_state(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> list[Influence]:
+        if not self.importance:
+            return []
+
+        def drop() -> None:
+            self.protect({}, None)
+
+        def measure(sample_ids: Tensor) -> None:
+            if not self._checked:
+                # of a run that resumed inside the request
+                batch, _ = next(task_batches(trainer, pl_module, self.estimator.adapter, sample_ids=sample_ids))
+                self.estimator.check(pl_module, self.parameters, batch)
+            seed = derived_seed("fisher", task.index)
+            new = self.estimator.estimate(trainer, pl_module, self.parameters, seed, sample_ids)
+            # one mean over the samples of all tasks, as strong as the sum of the tasks' means was
+            self.protect({name: value.mul_(self._tasks) for name, value in new.items()}, None)
+
+        anchors = super().renew_state(trainer, pl_module, task)
+        importances = measured_again(trainer, task, self, "the importances of the weights", drop, measure)
+        if not self.importance:
+            self._tasks = 0.0
+        return [*anchors, importances]
 
     @override
     def footprint(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Footprint:
@@ -107,9 +150,10 @@ class MeasuredPenalty(QuadraticPenalty):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "by_sample": self.estimator.by_sample}
+        return {**super().state_dict(), "by_sample": self.estimator.by_sample, "tasks": self._tasks}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self.estimator.by_sample = state_dict["by_sample"]
+        self._tasks = state_dict["tasks"]

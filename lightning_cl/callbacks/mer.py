@@ -127,7 +127,8 @@ class MER(ReplayMemory):
         super().on_train_start(trainer, pl_module)
         self._waiting = []
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        others = [c for c in callbacks if isinstance(c, ContinualCallback) and c is not self]
+        # what serves requests does not act in the steps of this one
+        others = [c for c in callbacks if isinstance(c, ContinualCallback) and c is not self and "learn" in c.acts_on]
         for hook in ("transform_batch", "replace_loss", "loss_term"):
             for other in overriding(others, hook):
                 raise ValueError(

@@ -21,6 +21,7 @@ from lightning_cl.core.checks import check_choice
 from lightning_cl.core.evaluation import check_metrics_apart, run_validation
 from lightning_cl.core.events import TaskEvents
 from lightning_cl.core.generation import GeneratesSamples
+from lightning_cl.core.requests import Influence
 from lightning_cl.core.stream import TaskStream
 from lightning_cl.core.task import Task
 from lightning_cl.metrics.record import RecordsTraces, RunRecord, WithinTask, write_record
@@ -53,6 +54,7 @@ class ContinualMetrics(ContinualCallback):
             was not logged.
     """
 
+    acts_on: ClassVar[tuple[Literal["learn", "forget"], ...]] = ("learn", "forget")
     boundaries: ClassVar[Literal["required", "unused", "evaluation"]] = "evaluation"
 
     def __init__(
@@ -242,6 +244,11 @@ class ContinualMetrics(ContinualCallback):
 
     def _running_seconds(self) -> float:
         return time.monotonic() - self._started if self._started else 0.0
+
+    @override
+    def renew_state(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> list[Influence]:
+        # nothing of training samples is kept
+        return []
 
     # ------------------------------------------------------------------ checkpoints
 

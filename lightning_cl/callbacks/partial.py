@@ -11,6 +11,7 @@ from torch.nn import Parameter
 from typing_extensions import override
 
 from lightning_cl.callbacks.selection import SelectsParameters
+from lightning_cl.core.requests import Influence
 from lightning_cl.core.state import local, reshard
 from lightning_cl.core.task import Task
 from lightning_cl.core.update import OptimizerStep, StepCache
@@ -115,6 +116,11 @@ class PartialUpdate(SelectsParameters):
     def change_update(self, trainer: Trainer, pl_module: LightningModule, step: OptimizerStep) -> None:
         for name, share in self._shares[step].items():
             scale_update_(local(step.parameters[name].detach()), step.before(name), share)
+
+    @override
+    def renew_state(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> list[Influence]:
+        # nothing of samples is kept
+        return []
 
     def copy_bytes(self, pl_module: LightningModule) -> int:
         """Return the bytes on this rank of one copy of the parameters that the method is for."""

@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from lightning_cl.callbacks.penalty import QuadraticPenalty
 from lightning_cl.core.footprint import Footprint
+from lightning_cl.core.requests import Influence
 from lightning_cl.core.state import ParameterState, local
 from lightning_cl.core.task import Task
 from lightning_cl.core.update import OptimizerStep, StepCache
@@ -82,6 +83,13 @@ class PathIntegral(QuadraticPenalty):
             [followed.weights[name] for name in names],
             [local(followed.parameters[name].detach()) for name in names],
         )
+
+    @override
+    def renew_state(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> list[Influence]:
+        # the ways that led to the weights are gone
+        importances = Influence(type(self).__name__, "the importances of the weights", "remains")
+        anchors = super().renew_state(trainer, pl_module, task)
+        return [*anchors, importances] if anchors else []
 
     def _followed_by(self, step: OptimizerStep) -> _Followed:
         """Return what is known of an optimizer's step; its ``moving`` are the weights that have a gradient in it."""

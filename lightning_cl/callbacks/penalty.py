@@ -14,7 +14,9 @@ from typing_extensions import override
 from lightning_cl.callbacks.selection import SelectsParameters
 from lightning_cl.core.checks import check_positive
 from lightning_cl.core.footprint import Footprint
+from lightning_cl.core.requests import Influence
 from lightning_cl.core.state import ParameterState, local, reshard, sum_over_shards
+from lightning_cl.core.task import Task
 from lightning_cl.core.update import OptimizerStep, StepCache
 from lightning_cl.functional.quadratic import quadratic_gradient_, quadratic_penalty
 
@@ -153,6 +155,14 @@ class QuadraticPenalty(SelectsParameters):
         if anchors is not None:
             self.anchors.set(anchors, self.parameters)
         self._owned.clear()
+
+    @override
+    def renew_state(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> list[Influence]:
+        if not self._held:
+            return []
+        self.protect(None, self.present_weights())
+        self._constant = 0.0
+        return [Influence(type(self).__name__, "the weights to stay near", "recomputed")]
 
     def warn_of_thawed(self, pl_module: LightningModule) -> None:
         """Warn of parameters that became trainable after the fit began: nothing holds them."""

@@ -216,9 +216,15 @@ class SubspaceProjection(ContinualCallback):
         with recording(pl_module, layers, record, self.adapter) as run:
             yield run
 
-    def read_task(self, trainer: Trainer, pl_module: LightningModule, run: Callable[[Any], None]) -> None:
-        """Run the module on the samples of the task that ends."""
-        for batch, _ in task_batches(trainer, pl_module, self.adapter, self.n_samples):
+    def read_task(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        run: Callable[[Any], None],
+        sample_ids: Tensor | None = None,
+    ) -> None:
+        """Run the module on the samples of the task that ends, or on those with some identities."""
+        for batch, _ in task_batches(trainer, pl_module, self.adapter, self.n_samples, sample_ids):
             run(batch)
 
     # ------------------------------------------------------------------ checkpoints

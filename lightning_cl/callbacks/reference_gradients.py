@@ -21,6 +21,7 @@ from lightning_cl.core.capture import metrics_kept
 from lightning_cl.core.distributed import sum_over_ranks_, world_size
 from lightning_cl.core.events import TaskEvents
 from lightning_cl.core.footprint import Footprint
+from lightning_cl.core.requests import Influence
 from lightning_cl.core.rng import derived_seed
 from lightning_cl.core.state import local, sum_over_shards
 from lightning_cl.core.task import Task
@@ -124,6 +125,12 @@ class ReferenceGradients(ReplayMemory):
                     backward_aside(trainer, pl_module, batch, seed=seed, weight=scale)
                 table.take(row)
         table.reduce()
+
+    @override
+    def forget_samples(self, trainer: Trainer, pl_module: LightningModule, sample_ids: Tensor) -> list[Influence]:
+        # the gradients of the last draws
+        self._tables.clear()
+        return super().forget_samples(trainer, pl_module, sample_ids)
 
     # ------------------------------------------------------------------ what it takes
 

@@ -16,6 +16,7 @@ from lightning_cl.callbacks.restarted import RestartedScheduler
 from lightning_cl.core.callback import ContinualCallback
 from lightning_cl.core.card import MethodCard
 from lightning_cl.core.checks import check_automatic_optimization, check_choice
+from lightning_cl.core.requests import Influence
 from lightning_cl.core.schedules import Schedule, TaskScheduler, task_scheduler
 from lightning_cl.core.stream import TaskStream
 from lightning_cl.core.task import Task
@@ -201,6 +202,11 @@ class Rewarm(ContinualCallback):
         self._ended = [[float(group["lr"]) for group in s.optimizer.param_groups] for s in schedulers]
         for scheduler in schedulers:
             scheduler.restart()
+
+    @override
+    def renew_state(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> list[Influence]:
+        # nothing of samples is kept
+        return []
 
     @override
     def state_dict(self) -> dict[str, Any]:

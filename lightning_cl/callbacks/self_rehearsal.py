@@ -24,6 +24,7 @@ from lightning_cl.core.card import MethodCard
 from lightning_cl.core.checks import check_positive
 from lightning_cl.core.distributed import rank, sum_over_ranks_, world_size
 from lightning_cl.core.footprint import Footprint
+from lightning_cl.core.requests import Influence
 from lightning_cl.core.rng import derived_seed
 from lightning_cl.core.task import Task
 from lightning_cl.core.task_data import IdentifiedData
@@ -324,6 +325,20 @@ class SelfRehearsal(ContinualCallback):
         if self.cache_directory is not None:
             purge_files(self.cache_directory, ids)
         return before - len(self._answers)
+
+    @override
+    def forget_samples(self, trainer: Trainer, pl_module: LightningModule, sample_ids: Tensor) -> list[Influence]:
+        return [Influence(type(self).__name__, "answers to the samples", "removed", self.purge(sample_ids))]
+
+    @override
+    def renew_state(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> list[Influence]:
+        # generated with earlier weights; a task that comes generates its own
+        name, state = type(self).__name__, "answers to other samples"
+        found = [Influence(name, state, "removed", len(self._answers))]
+        self._answers = Answers.none()
+        if self.cache_directory is not None:
+            found.append(Influence(name, f"{state}, in `cache_directory`", "remains"))
+        return found
 
     # ------------------------------------------------------------------ checkpoints
 

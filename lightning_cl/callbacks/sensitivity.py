@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn import Parameter
 
-from lightning_cl.callbacks.measuring import is_sharded, mean_over_samples, on_any_rank, single_rows
+from lightning_cl.callbacks.measuring import is_sharded, mean_over_samples, on_any_rank, single_rows, sum_over_samples
 from lightning_cl.core.batches import BatchAdapter
 from lightning_cl.core.capture import OutputCapture, run_step, undisturbed
 from lightning_cl.core.distributed import max_over_ranks
@@ -39,6 +39,8 @@ class OutputSensitivity:
         n_samples: Samples over all ranks; the whole task if ``None``.
         outputs: Submodule that returns the output; found by itself if ``None``.
     """
+
+    quantity = "sensitivity of the output"
 
     def __init__(self, adapter: BatchAdapter, n_samples: int | None, outputs: str | None) -> None:
         self.adapter = adapter
@@ -75,7 +77,12 @@ class OutputSensitivity:
             )
 
     def estimate(
-        self, trainer: Trainer, pl_module: LightningModule, parameters: Mapping[str, Parameter], seed: int
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        parameters: Mapping[str, Parameter],
+        seed: int,
+        sample_ids: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Return the mean over the current task, float32, in the placement of each parameter.
 
@@ -86,18 +93,38 @@ class OutputSensitivity:
             pl_module: The user's module.
             parameters: The parameters by name.
             seed: Seeds the generators that the module's step may draw from.
+            sample_ids: Identities of samples to measure on in the place of the task's.
 
         Raises:
             ValueError: If the task holds no sample.
+        """
+        batches = task_batches(trainer, pl_module, self.adapter, self.n_samples, sample_ids)
+        sums, count = self.sums_over(batches, pl_module, parameters, seed)
+        return mean_over_samples(sums, count, self.quantity)
+
+    def sums_over(
+        self,
+        batches: Iterable[tuple[Any, Tensor]],
+        pl_module: LightningModule,
+        parameters: Mapping[str, Tensor],
+        seed: int,
+    ) -> tuple[dict[str, Tensor], float]:
+        """Return the sums of absolute gradients over samples of all ranks, as local shards, and the number of samples.
+
+        Args:
+            batches: This rank's batches on the device, with the identities of their samples.
+            pl_module: The user's module.
+            parameters: The parameters by name.
+            seed: Seeds the generators that the module's step may draw from.
         """
         sums = accumulators(parameters, None)
         # what was frozen since the fit began matters nothing to this task
         parameters = {name: p for name, p in parameters.items() if p.requires_grad}
         count = 0
         with undisturbed(pl_module, seed), LayerTape(pl_module, list(parameters)) as tape:
-            for batch, _ in task_batches(trainer, pl_module, self.adapter, self.n_samples):
+            for batch, _ in batches:
                 count += self._add(tape, pl_module, batch, sums)
-        return mean_over_samples(sums, count, pl_module, "sensitivity of the output")
+        return sum_over_samples(sums, count, pl_module)
 
     def rehearse(
         self, pl_module: LightningModule, parameters: Mapping[str, Parameter], batch: Any

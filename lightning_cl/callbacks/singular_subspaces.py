@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -14,10 +15,12 @@ from torch.nn import Parameter
 from typing_extensions import override
 
 from lightning_cl.callbacks.projection import Others, SubspaceProjection, spread_over_ranks
+from lightning_cl.callbacks.renewal import measured_again
 from lightning_cl.core.batches import BatchAdapter
 from lightning_cl.core.card import MethodCard
 from lightning_cl.core.distributed import sum_over_ranks_
 from lightning_cl.core.footprint import Footprint
+from lightning_cl.core.requests import Influence
 from lightning_cl.core.state import ParameterState, local, shard
 from lightning_cl.core.task import Task
 from lightning_cl.core.update import OptimizerStep
@@ -182,8 +185,19 @@ class SingularSubspaceProjection(SubspaceProjection):
     @override
     def on_task_end(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
         self.anchors, self.subspaces = ParameterState(), {}
-        if self.min_ratio == self.target_ratio or not self._layers:
-            return
+        if self.min_ratio != self.target_ratio and self._layers:
+            self._measure(trainer, pl_module)
+
+    @override
+    def renew_state(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> list[Influence]:
+        if not self.similarity:
+            return []
+        measure = partial(self._measure, trainer, pl_module)
+        state = "how far layers change their inputs"
+        return [measured_again(trainer, task, self, state, self.similarity.clear, measure)]
+
+    def _measure(self, trainer: Trainer, pl_module: LightningModule, sample_ids: Tensor | None = None) -> None:
+        """Compare what layers return with their inputs on the samples of a task, or on those with some identities."""
         totals = {
             name: torch.zeros(2, dtype=exact_dtype(pl_module.device), device=pl_module.device) for name in self._layers
         }
@@ -194,7 +208,7 @@ class SingularSubspaceProjection(SubspaceProjection):
             add_similarity_(totals[name], inputs, output if bias is None else output - bias, present)
 
         with self.recording(pl_module, self._layers, record) as run:
-            self.read_task(trainer, pl_module, run)
+            self.read_task(trainer, pl_module, run, sample_ids)
         joined = sum_over_ranks_(torch.stack(list(totals.values()))).tolist()
         self.similarity = {name: total / n for name, (total, n) in zip(totals, joined, strict=True) if n}
 

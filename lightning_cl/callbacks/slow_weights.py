@@ -11,6 +11,8 @@ from typing_extensions import override
 from lightning_cl.core.callback import ContinualCallback
 from lightning_cl.core.copies import WeightCopy
 from lightning_cl.core.footprint import Footprint
+from lightning_cl.core.requests import Influence
+from lightning_cl.core.task import Task
 
 __all__ = ["SlowWeights"]
 
@@ -46,6 +48,11 @@ class SlowWeights(ContinualCallback):
                 f"`{type(self).__name__}` has no slow weights of {sorted(thawed)[:3]}, which became trainable after the"
                 " fit began: they stay as they train. Make them trainable before it."
             )
+
+    @override
+    def renew_state(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> list[Influence]:
+        self._slow.take(pl_module)
+        return [Influence(type(self).__name__, "the slow weights", "recomputed")]
 
     @override
     def footprint(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Footprint:

@@ -14,10 +14,12 @@ from typing_extensions import override
 
 from lightning_cl.callbacks.gates import GateSensitivity, unit_dim
 from lightning_cl.callbacks.partial import PartialUpdate
+from lightning_cl.callbacks.renewal import measured_again
 from lightning_cl.core.batches import BatchAdapter
 from lightning_cl.core.card import MethodCard
 from lightning_cl.core.checks import check_automatic_optimization, check_positive
 from lightning_cl.core.footprint import Footprint
+from lightning_cl.core.requests import Influence
 from lightning_cl.core.rng import derived_seed
 from lightning_cl.core.state import shard
 from lightning_cl.core.task import Task
@@ -153,6 +155,20 @@ class SoftMask(PartialUpdate):
             new = unit_importance(total)
             self.importance[name] = torch.maximum(self.importance[name], new) if name in self.importance else new
         self._place()
+
+    @override
+    def renew_state(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> list[Influence]:
+        if not self.importance:
+            return []
+
+        def measure(sample_ids: Tensor) -> None:
+            seed = derived_seed("soft-mask", task.index)
+            sums = self.sensitivity.estimate(trainer, pl_module, self._layers, seed, sample_ids)
+            self.importance.update({name: unit_importance(total) for name, total in sums.items()})
+
+        found = measured_again(trainer, task, self, "the importances of units", self.importance.clear, measure)
+        self._place()
+        return [found]
 
     @override
     def footprint(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Footprint:

@@ -19,6 +19,7 @@ from typing_extensions import override
 from lightning_cl.core.callback import ContinualCallback
 from lightning_cl.core.card import MethodCard
 from lightning_cl.core.checks import check_count, check_positive
+from lightning_cl.core.requests import Influence
 from lightning_cl.core.state import local, sum_rows_over_shards
 from lightning_cl.core.task import Task
 from lightning_cl.core.update import OptimizerStep
@@ -86,6 +87,7 @@ class SpikeAware(ContinualCallback):
         needs="an optimizer with a second moment",
         state="names of parameters",
     )
+    acts_on: ClassVar[tuple[Literal["learn", "forget"], ...]] = ("learn", "forget")
     boundaries: ClassVar[Literal["required", "unused", "evaluation"]] = "unused"
 
     def __init__(
@@ -226,6 +228,11 @@ class SpikeAware(ContinualCallback):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._let_go()
+
+    @override
+    def renew_state(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> list[Influence]:
+        # nothing of samples is kept
+        return []
 
     @override
     def state_dict(self) -> dict[str, Any]:

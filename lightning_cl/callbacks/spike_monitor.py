@@ -20,6 +20,7 @@ from lightning_cl.core.checks import check_automatic_optimization, check_choice,
 from lightning_cl.core.distributed import copy_of_rank_zero_, rank, sum_over_ranks_, world_size
 from lightning_cl.core.events import TaskEvents
 from lightning_cl.core.footprint import Footprint
+from lightning_cl.core.requests import Influence
 from lightning_cl.core.shards import PerRank, of_all_ranks
 from lightning_cl.core.stream import TaskStream
 from lightning_cl.core.task import Task
@@ -346,6 +347,14 @@ class SpikeMonitor(ContinualCallback):
     @override
     def footprint(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Footprint:
         return Footprint(host=self._snapshot.num_bytes(pl_module) if self.on_loss_spike == "rollback" else 0)
+
+    @override
+    def renew_state(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> list[Influence]:
+        if self._snapshot.step is None:
+            return []
+        # to return to it would bring back what was forgotten
+        self._snapshot.clear()
+        return [Influence(type(self).__name__, "a snapshot of weights and optimizer", "removed")]
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from lightning_cl.core.checkpoint_io import StreamedCheckpointIO
 from lightning_cl.core.checks import check_count
 from lightning_cl.core.events import TaskEvents
 from lightning_cl.core.footprint import Footprint
+from lightning_cl.core.requests import Influence
 from lightning_cl.core.shards import PerRank, of_all_ranks
 from lightning_cl.core.task import Task
 from lightning_cl.core.task_data import IdentifiedData, global_rows
@@ -72,6 +73,7 @@ class StoredSamples(ContinualCallback):
         needs_logits: Whether a subclass wants the class scores of each step.
         needs_targets: Whether a subclass that does so reads them against labels.
         finds_features: Whether a subclass finds the feature vectors itself where ``features`` is ``None``.
+        keeps: What the memory holds, in a few words.
         renews_annotations: Whether what is stored beside a sample may change when its task shows it again.
 
     Raises:
@@ -83,6 +85,7 @@ class StoredSamples(ContinualCallback):
     needs_logits: ClassVar[bool] = False
     needs_targets: ClassVar[bool] = True
     finds_features: ClassVar[bool] = False
+    keeps: ClassVar[str] = "samples in memory"
     renews_annotations: bool = False
 
     def __init__(
@@ -295,6 +298,14 @@ class StoredSamples(ContinualCallback):
     def purge(self, sample_ids: Tensor) -> int:
         """Remove samples for good, here and in every later checkpoint; return how many all ranks removed."""
         return self.buffer.purge(sample_ids)
+
+    @override
+    def forget_samples(self, trainer: Trainer, pl_module: LightningModule, sample_ids: Tensor) -> list[Influence]:
+        name = type(self).__name__
+        if not self._identified(trainer):
+            # they cannot be told from others
+            return [Influence(name, self.keeps, "remains", self.buffer.total)] if self.buffer.total else []
+        return [Influence(name, self.keeps, "removed", self.purge(sample_ids))]
 
     @override
     def footprint(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Footprint:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
 from typing import Any, ClassVar, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -13,10 +13,23 @@ from typing_extensions import override
 
 from lightning_cl.core.configure import before_wrapping
 from lightning_cl.core.footprint import Footprint
+from lightning_cl.core.requests import Influence
 from lightning_cl.core.task import Task
 from lightning_cl.core.update import OptimizerStep
 
 __all__ = ["ContinualCallback"]
+
+# of Lightning's own hooks, those of a training step
+_STEP_HOOKS = (
+    "on_train_epoch_start",
+    "on_train_batch_start",
+    "on_before_zero_grad",
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "on_train_batch_end",
+    "on_train_epoch_end",
+)
 
 
 class ContinualCallback(Callback):
@@ -32,7 +45,11 @@ class ContinualCallback(Callback):
     Two ways to run, one behaviour: over a task stream in one ``fit``, or over any other data with one ``fit`` per
     task. In the second, what the callback learned lives on in the object, or in the checkpoint given as ``ckpt_path``.
 
+    While a request to forget is served, methods that learn rest: no hook of a step or of the request's task is called.
+
     Attributes:
+        acts_on: The kinds of tasks that it acts in; in others it rests.
+        resting: Whether it rests now.
         boundaries: What the callback knows of task boundaries: ``"required"`` (refused on a stream that hides them),
             ``"unused"``, or ``"evaluation"`` (told even on such a stream, because it only measures).
         needs_state: Whether a checkpoint without this callback's state is an error on resume.
@@ -40,14 +57,24 @@ class ContinualCallback(Callback):
             beside a callback that replaces that loss.
         compares_weights: Whether it holds weights against those of earlier tasks, or averages over them; it means
             nothing for adapters that start anew with every task.
+        skips_steps: Whether the steps of the present task that are left shall not be made; the same on all ranks.
         completed_tasks: Tasks that ended so far, over all fits.
     """
 
+    acts_on: ClassVar[tuple[Literal["learn", "forget"], ...]] = ("learn",)
     boundaries: ClassVar[Literal["required", "unused", "evaluation"]] = "required"
     needs_state: ClassVar[bool] = True
     takes_own_loss: bool = False
     compares_weights: bool = False
     completed_tasks: int = 0
+    resting: bool = False
+    skips_steps: bool = False
+
+    def __init_subclass__(cls, **settings: Any) -> None:
+        super().__init_subclass__(**settings)
+        for name in _STEP_HOOKS:
+            if name in cls.__dict__:
+                setattr(cls, name, _unless_resting(cls.__dict__[name]))
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -133,6 +160,39 @@ class ContinualCallback(Callback):
     def observe_update(self, trainer: Trainer, pl_module: LightningModule, step: OptimizerStep) -> None:
         """Read the weights after all corrections of a step."""
 
+    def forget_samples(self, trainer: Trainer, pl_module: LightningModule, sample_ids: Tensor) -> list[Influence]:
+        """Remove what is kept of samples that are about to be forgotten; called on all ranks before the request.
+
+        Args:
+            trainer: The running Trainer.
+            pl_module: The user's module.
+            sample_ids: Identities of the samples, int64 [n], the same on all ranks.
+        """
+        return []
+
+    def renew_state(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> list[Influence]:
+        """Compute anew what the forgotten samples had a share in, as far as data allow; called after the request.
+
+        Args:
+            trainer: The running Trainer; its datamodule is a :class:`~lightning_cl.core.requests.RequestStream`, or the
+                request came with loaders of the user's own.
+            pl_module: The user's module, which has forgotten.
+            task: The task that served the request.
+        """
+        forgets = type(self).forget_samples is not ContinualCallback.forget_samples
+        if forgets or not self.needs_state:
+            return []
+        card = getattr(self, "card", None)
+        return [Influence(type(self).__name__, "its state" if card is None else card.state, "remains")]
+
     def footprint(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Footprint:
         """Return what the callback will take on a rank, from sharded parameters and a batch without values."""
         return Footprint()
+
+
+def _unless_resting(hook: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(hook)
+    def called(self: ContinualCallback, *arguments: Any, **named: Any) -> Any:
+        return None if self.resting else hook(self, *arguments, **named)
+
+    return called

@@ -302,6 +302,9 @@ def run_evaluation_step(
 @contextmanager
 def _default_dtype_of_training(pl_module: LightningModule) -> Iterator[None]:
     """Let a step make tensors in the dtype of ``precision="bf16-true"`` and its like; autocast stays as it is."""
+    if pl_module._trainer is None:
+        yield
+        return
     device = pl_module.device.type
     autocast = torch.is_autocast_enabled(device)
     with pl_module.trainer.precision_plugin.forward_context(), torch.autocast(device, enabled=autocast):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NoReturn
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from torch import nn
 from torch.nn import Parameter
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "check_positive",
     "check_replicas",
     "match_parameters",
+    "refuse_checkpoint",
     "select_parameters",
 ]
 
@@ -96,7 +98,7 @@ def check_patterns(setting: str, patterns: Sequence[str] | None) -> None:
         raise ValueError(f"`{setting}` must be a list of patterns, such as {[patterns]}, got {patterns!r}.")
 
 
-def match_parameters(pl_module: LightningModule, setting: str, patterns: Sequence[str] | None) -> set[str]:
+def match_parameters(pl_module: nn.Module, setting: str, patterns: Sequence[str] | None) -> set[str]:
     """Return the names of the parameters that match a pattern (as in :mod:`fnmatch`); none if there are no patterns.
 
     Raises:
@@ -116,7 +118,7 @@ def match_parameters(pl_module: LightningModule, setting: str, patterns: Sequenc
 
 
 def select_parameters(
-    pl_module: LightningModule, include: list[str] | None, exclude: list[str] | None
+    pl_module: nn.Module, include: list[str] | None, exclude: list[str] | None
 ) -> dict[str, Parameter]:
     """Return the trainable parameters whose names match ``include`` (all if ``None``) and none of ``exclude``.
 
@@ -139,3 +141,17 @@ def select_parameters(
             f"No trainable parameter of {type(pl_module).__name__} is left by `include={include}`, `exclude={exclude}`."
         )
     return selected
+
+
+def refuse_checkpoint(trainer: Trainer, callbacks: Sequence[object]) -> NoReturn:
+    """Refuse a checkpoint that lacks the state of callbacks, or of the task events if there are none.
+
+    Raises:
+        ValueError: Always.
+    """
+    names = ", ".join(type(c).__name__ for c in callbacks) or "the task events"
+    raise ValueError(
+        f"`ckpt_path={str(trainer.ckpt_path)!r}` holds no state for {names}: the run would go on unprotected."
+        " Resume from a full checkpoint (not `save_weights_only`) of a run with the same callbacks; to start"
+        " continual learning from these weights, load them with `load_from_checkpoint` and fit without `ckpt_path`."
+    )

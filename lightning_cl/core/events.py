@@ -7,7 +7,6 @@ checkpoints) by the first one that needs it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -17,7 +16,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_cl.core.callback import ContinualCallback
-from lightning_cl.core.checks import check_launcher, check_replicas
+from lightning_cl.core.checks import check_launcher, check_replicas, refuse_checkpoint
 from lightning_cl.core.configure import leave_configure_model
 from lightning_cl.core.distributed import rank
 from lightning_cl.core.evaluation import (
@@ -34,7 +33,7 @@ from lightning_cl.core.progress import evaluation_follows, finished_epoch, leave
 from lightning_cl.core.rng import derived_seed, isolated_rng, rng_state, set_rng_state
 from lightning_cl.core.shards import PerRank, Uncopied, gathered, of_all_ranks
 from lightning_cl.core.step import StepPipeline
-from lightning_cl.core.stream import CountedStream, TaskStream
+from lightning_cl.core.stream import CountedStream, TaskStream, tasks_that_run
 from lightning_cl.core.task import Task
 from lightning_cl.core.task_layer import task_layers
 from lightning_cl.core.update import UpdatePipeline
@@ -118,7 +117,7 @@ class TaskEvents(Callback):
         self._trained = True
         self._updates = UpdatePipeline(trainer, pl_module, _continual(trainer))
         if trainer.ckpt_path and not self._restored:
-            self._refuse_checkpoint(trainer, [c for c in _continual(trainer) if c.needs_state])
+            refuse_checkpoint(trainer, [c for c in _continual(trainer) if c.needs_state])
         if not self._restored:
             for callback in _continual(trainer):
                 self.completed_tasks = max(self.completed_tasks, callback.completed_tasks)
@@ -128,8 +127,11 @@ class TaskEvents(Callback):
                 # a plain loader drew its seed before the generators were restored: let it draw again
                 iter(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
             self._rng = None
-        if self._restored and self._stream is not None:
-            self._make_up(trainer, pl_module, self._stream)
+        stream, epoch = self._stream, trainer.current_epoch
+        # hooks of callbacks come before that of this one, which opens the task
+        self._rest(trainer, self._plain_task(trainer) if stream is None else stream.task_of_epoch(epoch))
+        if self._restored and stream is not None:
+            self._make_up(trainer, pl_module, stream)
         check_head(trainer, pl_module)
 
     @override
@@ -176,13 +178,14 @@ class TaskEvents(Callback):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # a module's `on_train_batch_start` that skips the rest of an epoch skips the end of its last batch too
-        skipped = self.running and trainer.is_last_batch
-        if skipped and self._stream is not None and self._stream.ends_task(trainer.current_epoch):
+        # what skips the rest of an epoch, in a module or in a callback of a request, skips its last batch too
+        ended = trainer.is_last_batch or any(c.skips_steps and not c.resting for c in _continual(trainer))
+        if ended and self.running and self._stream is not None and self._stream.ends_task(trainer.current_epoch):
             self._close_task(trainer, pl_module)
-        if self._stream is not None and trainer.is_last_batch:
+        if self._stream is not None and ended:
             # `val_check_interval` may leave the end of an epoch out
             self._evaluate(trainer, self._stream, trainer.current_epoch)
+            self._rest(trainer, self._stream.task_of_epoch(trainer.current_epoch + 1))
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -200,23 +203,32 @@ class TaskEvents(Callback):
 
     def _open_task(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._stream is None:
-            task = self.task if self.running and self.task is not None else self._plain_task()
+            task = self.task if self.running and self.task is not None else self._plain_task(trainer)
         else:
             task = self._stream.task_of_epoch(trainer.current_epoch)
         resumed = self.running and self.task is not None and self.task.index == task.index
         if not resumed:
             self._starting_after = (self.task,)
         self.task, self.running = task, True
+        self._rest(trainer, task)
         pl_module.current_task = None if self._hidden else task  # type: ignore[assignment]
         if not resumed:
             self._tell("before_task_start", trainer, pl_module, task)
             self._tell("on_task_start", trainer, pl_module, task)
             self._starting_after = None
 
+    @staticmethod
+    def _rest(trainer: Trainer, task: Task) -> None:
+        for callback in _continual(trainer):
+            callback.resting = task.kind not in callback.acts_on
+
     def _close_task(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self.task is not None
         self._tell("on_task_end", trainer, pl_module, self.task)
         self.running, self._heard_end = False, []
+        if self.task.kind == "forget":
+            # an edit of the weights without a step
+            self._evaluated_at = -1
         self.completed_tasks += 1
         for callback in _continual(trainer):
             callback.completed_tasks = self.completed_tasks
@@ -231,10 +243,12 @@ class TaskEvents(Callback):
             self._open_task(trainer, pl_module)
         if finished is not None:
             self.task = stream.task_of_epoch(finished)
+            self._rest(trainer, self.task)
             pl_module.current_task = None if self._hidden else self.task  # type: ignore[assignment]
             if self.running and ended:
                 self._close_task(trainer, pl_module)
             self._evaluate(trainer, stream, finished)
+            self._rest(trainer, stream.task_of_epoch(finished + 1))
         elif evaluation_follows(trainer):
             self._evaluate(trainer, stream, trainer.current_epoch)
 
@@ -247,18 +261,21 @@ class TaskEvents(Callback):
     def _hidden(self) -> bool:
         return self._stream is not None and self._stream.hides_boundaries
 
-    def _plain_task(self) -> Task:
+    def _plain_task(self, trainer: Trainer) -> Task:
         index = self.completed_tasks
-        return Task(index=index, name=f"fit {index + 1}")
+        forgets = any(callback.acts_on == ("forget",) for callback in _continual(trainer))
+        return Task(index=index, name=f"fit {index + 1}", kind="forget" if forgets else "learn")
 
     def _tell(self, hook: str, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
         hidden = self._hidden
-        if hook == "on_task_start" and not hidden:
+        if hook == "on_task_start" and not hidden and task.kind == "learn":
             # before the callbacks, some of which run the module on the data of the task
             for layer in task_layers(pl_module):
                 layer.start_task(trainer, task)
         for callback in _continual(trainer):
-            if (not hidden or callback.boundaries == "evaluation") and callback.state_key not in self._heard_end:
+            # a request is no boundary between tasks to learn
+            told = callback.boundaries == "evaluation" or not hidden or task.kind == "forget"
+            if told and not callback.resting and callback.state_key not in self._heard_end:
                 getattr(callback, hook)(trainer, pl_module, task)
                 if hook == "on_task_end" and type(callback).state_dict is not Callback.state_dict:
                     self._heard_end.append(callback.state_key)
@@ -267,15 +284,19 @@ class TaskEvents(Callback):
                 if callable(method := getattr(owner, hook, None)):
                     method(task)
 
-    def tasks_to_end(self, callback: ContinualCallback) -> int | None:
-        """Return how many tasks of the stream have not ended for a callback, ``None`` where that cannot be known."""
+    def tasks_to_end(self, callback: ContinualCallback, *, requests: bool = False) -> int | None:
+        """Return how many tasks of the kinds that a callback acts in have not ended for it, or of requests as well.
+
+        ``None`` where that cannot be known.
+        """
         if not isinstance(self._stream, CountedStream):
             return None
-        tasks = len(self._stream.epochs_and_batches())
+        coming = tasks_that_run(self._stream, {*callback.acts_on, *(("forget",) if requests else ())})
         if self.task is None:
-            return tasks
+            return sum(coming)
         # a checkpoint may be written while callbacks hear of an end
-        return tasks - self.task.index - (not self.running or callback.state_key in self._heard_end)
+        ended = not self.running or callback.state_key in self._heard_end
+        return sum(coming[self.task.index + ended :])
 
     # ------------------------------------------------------------------ the task of an evaluation batch
 
@@ -333,6 +354,7 @@ class TaskEvents(Callback):
         checkpoint[_CHECKPOINT_KEY] = {
             "version": 1,
             "task": None if task is None else task.index,
+            "kind": "learn" if task is None else task.kind,
             "running": running,
             "heard_end": list(self._heard_end),
             "evaluated_at": self._evaluated_at,
@@ -348,7 +370,7 @@ class TaskEvents(Callback):
         saved = checkpoint.get("callbacks", {})
         missing = [c for c in _continual(trainer) if c.needs_state and c.state_key not in saved]
         if missing or (_CHECKPOINT_KEY not in checkpoint and trainer.state.fn == "fit"):
-            self._refuse_checkpoint(trainer, missing)
+            refuse_checkpoint(trainer, missing)
         self._restored = True
         if trainer.state.fn != "fit":
             return
@@ -359,22 +381,13 @@ class TaskEvents(Callback):
         for callback in _continual(trainer):
             callback.completed_tasks = self.completed_tasks
         if state["task"] is not None:
-            self.task = Task(index=state["task"], name=f"fit {state['task'] + 1}")
+            self.task = Task(index=state["task"], name=f"fit {state['task'] + 1}", kind=state["kind"])
         ranks = of_all_ranks(state["rng"])
         self._rng = ranks[rank() % len(ranks)]
         if rank() >= len(ranks):
             # a rank that the saved run did not have gets generators of its own, the same ones at every resume
             with isolated_rng(derived_seed("rank", rank(), int(ranks[0]["torch"].sum()))):
                 self._rng = rng_state()
-
-    @staticmethod
-    def _refuse_checkpoint(trainer: Trainer, callbacks: Sequence[ContinualCallback]) -> None:
-        names = ", ".join(type(c).__name__ for c in callbacks) or "the task events"
-        raise ValueError(
-            f"`ckpt_path={str(trainer.ckpt_path)!r}` holds no state for {names}: the run would go on unprotected."
-            " Resume from a full checkpoint (not `save_weights_only`) of a run with the same callbacks; to start"
-            " continual learning from these weights, load them with `load_from_checkpoint` and fit without `ckpt_path`."
-        )
 
 
 def _continual(trainer: Trainer) -> list[ContinualCallback]:

@@ -24,6 +24,7 @@ __all__ = [
     "shard",
     "sum_over_shards",
     "sum_rows_over_shards",
+    "zero_of_parameters",
 ]
 
 
@@ -48,6 +49,12 @@ def full_copy(tensor: Tensor) -> Tensor:
 def fill(parameter: Tensor, value: Tensor) -> None:
     """Copy a whole tensor into a parameter, or what belongs there into the shard of it that this rank holds."""
     local(parameter.detach()).copy_(shard(value.to(parameter.dtype), parameter))
+
+
+def zero_of_parameters(module: nn.Module) -> Tensor:
+    """Return a 0 that depends on all trainable parameters: DDP waits for the gradients of all, used or not."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    return torch.stack([p.flatten()[:0].float().sum() for p in parameters]).sum()
 
 
 def reshard(module: nn.Module) -> None:

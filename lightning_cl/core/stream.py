@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Protocol, runtime_checkable
 
 from lightning_cl.core.task import Task
 
-__all__ = ["CountedStream", "TaskStream"]
+__all__ = ["CountedStream", "TaskStream", "tasks_that_run"]
 
 
 @runtime_checkable
@@ -42,3 +42,11 @@ class CountedStream(Protocol):
 
     def epochs_and_batches(self) -> list[tuple[int, int]]:
         """Return the epochs of every task and the batches that a rank reads in each of them."""
+
+
+def tasks_that_run(stream: TaskStream, kinds: Set[str]) -> list[bool]:
+    """Return for each task of a counted stream whether it is of one of these kinds and has epochs at all."""
+    assert isinstance(stream, CountedStream)
+    epochs = [number for number, _ in stream.epochs_and_batches()]
+    firsts = [stream.task_of_epoch(sum(epochs[:index])) for index in range(len(epochs))]
+    return [number > 0 and task.kind in kinds for number, task in zip(epochs, firsts, strict=True)]

@@ -13,8 +13,11 @@ from torch import Tensor
 from lightning_cl.core.batches import BatchAdapter
 from lightning_cl.core.capture import move_batch
 from lightning_cl.core.distributed import gather_rows, world_size
+from lightning_cl.core.requests import RequestStream
+from lightning_cl.core.rng import derived_seed
+from lightning_cl.core.task import Task
 
-__all__ = ["IdentifiedData", "task_batches"]
+__all__ = ["IdentifiedData", "retained_samples", "task_batches"]
 
 
 @runtime_checkable
@@ -34,8 +37,18 @@ class IdentifiedData(Protocol):
         """Return an iterable of ``(batch, identities)`` over the current task, each sample once over all ranks."""
 
 
+def retained_samples(trainer: Trainer, task: Task) -> Tensor | None:
+    """Return the identities of what a request leaves, int64 [n]; ``None`` for data that cannot be read by identity."""
+    datamodule = trainer.datamodule  # type: ignore[attr-defined]
+    return datamodule.retained_ids(task) if isinstance(datamodule, RequestStream) else None
+
+
 def task_batches(
-    trainer: Trainer, pl_module: LightningModule, adapter: BatchAdapter, n_samples: int | None = None
+    trainer: Trainer,
+    pl_module: LightningModule,
+    adapter: BatchAdapter,
+    n_samples: int | None = None,
+    sample_ids: Tensor | None = None,
 ) -> Iterator[tuple[Any, Tensor]]:
     """Yield the batches of the current task on the device, with the identities of their samples.
 
@@ -47,8 +60,16 @@ def task_batches(
         pl_module: The user's module.
         adapter: Reads batch sizes.
         n_samples: Samples to read over all ranks; all if ``None``. A stream draws them at random, seeded.
+        sample_ids: Identities of samples of a stream to read in the place of the task's, int64 [n].
     """
     datamodule = trainer.datamodule  # type: ignore[attr-defined]
+    if sample_ids is not None:
+        if n_samples is not None and n_samples < len(sample_ids):
+            generator = torch.Generator().manual_seed(derived_seed("chosen samples", n_samples))
+            sample_ids = sample_ids[torch.randperm(len(sample_ids), generator=generator)[:n_samples].sort().values]
+        for batch, found in datamodule.read_samples(sample_ids):
+            yield move_batch(trainer, pl_module, batch), found
+        return
     limit = float("inf") if trainer.limit_train_batches == 1.0 else trainer.num_training_batches
     if isinstance(datamodule, IdentifiedData):
         for batch, sample_ids in datamodule.task_loader(n_samples, limit):

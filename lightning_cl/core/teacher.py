@@ -150,6 +150,20 @@ class Teacher:
         if self.decay is not None:
             self._copy.move_towards(pl_module, 1 - self.decay, parameters)
 
+    def renew(self, pl_module: LightningModule) -> Literal["removed", "recomputed"] | None:
+        """Let weights go that may know forgotten samples; a kind that is not taken anew by every task takes others.
+
+        Returns:
+            What became of them, ``None`` if there were none.
+        """
+        if self.kind == "base" or not self:
+            return None
+        if self.kind == "previous":
+            self._copy = self._no_weights()
+            return "removed"
+        self._copy.take(pl_module)
+        return "recomputed"
+
     def warn_of_thawed(self, pl_module: LightningModule) -> None:
         """Warn of parameters that became trainable after the weights were taken: they teach themselves."""
         if thawed := self._copy.thawed(pl_module):

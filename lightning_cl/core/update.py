@@ -7,7 +7,7 @@ of one that was taken, and not of one that a gradient scaler skipped.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
@@ -117,7 +117,7 @@ class UpdatePipeline:
         self._trainer = trainer
         self._pl_module = pl_module
         self._gradient_hooks, self._weight_hooks = (
-            [getattr(callback, hook) for hook in hooks for callback in overriding(callbacks, hook)]
+            [(callback, hook) for hook in hooks for callback in overriding(callbacks, hook)]
             for hooks in (_BEFORE, _AFTER)
         )
         self._steps: dict[Optimizer, tuple[OptimizerStep, list[int]]] = {}
@@ -193,6 +193,7 @@ class UpdatePipeline:
         self._run(self._weight_hooks, self._steps[optimizer][0])
 
     @torch.no_grad()
-    def _run(self, hooks: Sequence[Callable[..., None]], step: OptimizerStep) -> None:
-        for hook in hooks:
-            hook(self._trainer, self._pl_module, step)
+    def _run(self, hooks: Sequence[tuple[ContinualCallback, str]], step: OptimizerStep) -> None:
+        for callback, hook in hooks:
+            if not callback.resting:
+                getattr(callback, hook)(self._trainer, self._pl_module, step)

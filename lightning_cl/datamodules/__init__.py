@@ -1,5 +1,6 @@
 """Task streams: sources of data, scenarios that make tasks of them, and the datamodule that runs them in one fit."""
 
+from lightning_cl.core.requests import ForgetRequest
 from lightning_cl.datamodules.scenarios import (
     Blurry,
     ClassIncremental,
@@ -25,6 +26,7 @@ from lightning_cl.datamodules.sources import (
     TextFileSource,
 )
 from lightning_cl.datamodules.stream import TaskStreamDataModule
+from lightning_cl.datamodules.unlearning import UnlearningDataModule
 
 __all__ = [
     "ArraySource",
@@ -33,6 +35,7 @@ __all__ = [
     "DataIncremental",
     "DigitsSource",
     "DomainIncremental",
+    "ForgetRequest",
     "HFSource",
     "InstructionSource",
     "Joint",
@@ -48,4 +51,5 @@ __all__ = [
     "TaskIncremental",
     "TaskStreamDataModule",
     "TextFileSource",
+    "UnlearningDataModule",
 ]

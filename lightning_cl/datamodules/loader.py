@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_cl.core.batches import BatchAdapter
 from lightning_cl.core.rng import isolated_rng
 from lightning_cl.datamodules.batches import BatchReader
-from lightning_cl.datamodules.samplers import BatchIndex, EvaluationSampler, TaskSampler
+from lightning_cl.datamodules.samplers import BatchIndex, EvaluationSampler, RequestIndex, TaskSampler
 
-__all__ = ["BatchDataset", "TaskLoader", "no_loaders"]
+__all__ = ["BatchDataset", "RequestDataset", "TaskLoader", "no_loaders"]
 
 
 class BatchDataset(Dataset[Any]):
@@ -42,6 +42,14 @@ class BatchDataset(Dataset[Any]):
             with isolated_rng(index.seed):
                 batch = self.reader(index.rows)
         return batch if self.transform is None else _transform_inputs(batch, self.transform)
+
+
+class RequestDataset(BatchDataset):
+    """A dataset of pairs of batches: what a request forgets, and what is retained, if anything is."""
+
+    def __getitem__(self, index: RequestIndex) -> dict[str, Any]:  # type: ignore[override]
+        batches = {"forget": super().__getitem__(index.forget)}
+        return batches if index.retain is None else {**batches, "retain": super().__getitem__(index.retain)}
 
 
 class TaskLoader(DataLoader[Any]):

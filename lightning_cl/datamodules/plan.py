@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 
+from lightning_cl.core.requests import ForgetRequest
 from lightning_cl.core.task import Task
-from lightning_cl.datamodules.scenarios import DataInfo, Scenario, TaskPlan
+from lightning_cl.datamodules.interleaving import interleave
+from lightning_cl.datamodules.scenarios import Scenario, TaskPlan
+from lightning_cl.datamodules.splits import Split
 
 __all__ = ["StreamPlan"]
 
@@ -18,14 +22,17 @@ class StreamPlan:
 
     Args:
         scenario: Makes the tasks.
-        train: Facts of the training data.
+        train: The training data.
         seed: Seed of the stream.
-        epochs_per_task: Epochs of every task, or of each.
-        steps_per_task: Steps of every task, in place of passes over its rows.
+        epochs_per_task: Epochs of every task to learn, or of each.
+        steps_per_task: Steps of every task to learn, in place of passes over its rows.
+        requests: Requests to forget.
+        epochs_per_request: Passes over what a request forgets.
 
     Attributes:
         plans: The rows and the transform of each task.
-        tasks: The same as callbacks see them.
+        requests: The request that each task serves, ``None`` for a task to learn.
+        tasks: The plans as callbacks see them.
         part_plans: What is evaluated apart: the columns of the accuracy matrix.
         parts: The same as callbacks see them.
         starts: First epoch of each task, and the epochs of the whole stream at the end.
@@ -37,22 +44,32 @@ class StreamPlan:
     def __init__(
         self,
         scenario: Scenario,
-        train: DataInfo,
+        train: Split,
         *,
         seed: int,
         epochs_per_task: int | list[int],
         steps_per_task: int | None,
+        requests: Sequence[ForgetRequest] = (),
+        epochs_per_request: int = 1,
     ) -> None:
-        self.plans = scenario.plan(train, seed)
-        self.part_plans = scenario.parts(self.plans)
-        self._trained = scenario.trained(self.plans)
-        epochs = epochs_per_task if isinstance(epochs_per_task, list) else [epochs_per_task] * len(self.plans)
-        if len(epochs) != len(self.plans):
+        learning = scenario.plan(train.info, seed)
+        self.part_plans = scenario.parts(learning)
+        epochs = epochs_per_task if isinstance(epochs_per_task, list) else [epochs_per_task] * len(learning)
+        if len(epochs) != len(learning):
             raise ValueError(
-                f"`epochs_per_task` lists {len(epochs)} numbers, but {scenario!r} makes {len(self.plans)} tasks."
+                f"`epochs_per_task` lists {len(epochs)} numbers, but {scenario!r} makes {len(learning)} tasks."
             )
         if scenario.single_pass and any(number > 1 for number in epochs):
             raise ValueError(f"{scenario!r} is a single pass: `epochs_per_task` must be 1, got {epochs_per_task}.")
+        plans, served = interleave(learning, requests, train)
+        self.plans = plans
+        self.requests: list[ForgetRequest | None] = served
+        trained, learned_for = iter(scenario.trained(learning)), iter(epochs)
+        # a request trains nothing that is evaluated apart
+        self._trained = [next(trained) if request is None else [] for request in self.requests]
+        epochs = [
+            next(learned_for) if request is None else request.epochs or epochs_per_request for request in self.requests
+        ]
         self.tasks = _tasks_of(self.plans)
         self.parts = _tasks_of(self.part_plans)
         self.starts: list[int] = [0, *np.cumsum(epochs).tolist()]
@@ -94,7 +111,7 @@ class StreamPlan:
         """
         if self._steps is None or not self._scenario.single_pass:
             return
-        for plan in self.plans:
+        for plan in (plan for plan in self.plans if plan.retained is None):
             steps = -(-len(plan.indices) // global_batch_size)
             if self._steps > steps:
                 raise ValueError(
@@ -102,10 +119,16 @@ class StreamPlan:
                     f" steps of task {plan.name!r}."
                 )
 
-    def fingerprint(self) -> list[int]:
+    def fingerprint(self) -> dict[str, list[int]]:
         """Return numbers that two streams share only if they hold the same rows in the same tasks and epochs."""
         rows = [zlib.crc32(np.ascontiguousarray(plan.indices).tobytes()) for plan in self.plans]
-        return [self._seed, self._steps or 0, *self.starts, *rows]
+        return {"settings": [self._seed, self._steps or 0], "starts": self.starts, "rows": rows}
+
+    def continues(self, saved: Mapping[str, list[int]]) -> bool:
+        """Return whether a saved fingerprint is of this stream, or of one that this goes on from with more requests."""
+        present, tasks = self.fingerprint(), len(saved["rows"])
+        same = all(present[key][: len(saved[key])] == saved[key] for key in present)
+        return same and all(plan.retained is not None for plan in self.plans[tasks:])
 
 
 def _tasks_of(plans: Sequence[TaskPlan]) -> list[Task]:
@@ -114,5 +137,6 @@ def _tasks_of(plans: Sequence[TaskPlan]) -> list[Task]:
     for index, plan in enumerate(plans):
         seen = tuple(sorted({*seen, *plan.classes}))
         length, count = len(plan.indices), len(plans)
-        tasks.append(Task(index, plan.name, plan.classes, length=length, num_tasks=count, seen_classes=seen))
+        kind: Literal["learn", "forget"] = "learn" if plan.retained is None else "forget"
+        tasks.append(Task(index, plan.name, plan.classes, kind, length, count, seen))
     return tasks

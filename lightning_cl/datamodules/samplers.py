@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch.utils.data import DistributedSampler
 
 from lightning_cl.core.rng import derived_seed
 
-__all__ = ["BatchIndex", "EvaluationSampler", "TaskSampler"]
+__all__ = ["BatchIndex", "EvaluationSampler", "RequestIndex", "RequestSampler", "TaskSampler"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,15 @@ class BatchIndex:
     seed: int
 
 
-class _RankSampler(DistributedSampler[BatchIndex]):
+@dataclass(frozen=True)
+class RequestIndex:
+    """What the sampler of a request asks for: a batch to forget, and one of what is retained, if anything is."""
+
+    forget: BatchIndex
+    retain: BatchIndex | None
+
+
+class _RankSampler(DistributedSampler[Any]):
     """The part that Lightning looks at: under DDP it replaces any sampler that is not a ``DistributedSampler``."""
 
     def __init__(self, rank: int, world_size: int) -> None:
@@ -108,7 +117,7 @@ class TaskSampler(_RankSampler):
             stop += -(stop - start) % self.world_size
         return self._slice(start, stop).reshape(self.world_size, -1)
 
-    def __iter__(self) -> Iterator[BatchIndex]:
+    def __iter__(self) -> Iterator[Any]:
         for batch in range(self.start_batches, len(self)):
             seed = derived_seed(self.seed, "read", self.task, self.task_epoch, batch, self.rank)
             yield BatchIndex(self.global_rows(batch)[self.rank], seed)
@@ -135,6 +144,30 @@ class TaskSampler(_RankSampler):
             else:
                 self._orders[key] = self.rows
         return self._orders[key]
+
+
+class RequestSampler(TaskSampler):
+    """Batches of what a request forgets, each with as many samples of what is retained.
+
+    The retained samples are drawn with replacement, for every rank and step anew.
+
+    Args:
+        retained: int64 [m], rows learned before and not forgotten; may be empty.
+        settings: Those of :class:`TaskSampler`.
+    """
+
+    def __init__(self, rows: np.ndarray, retained: np.ndarray, **settings: Any) -> None:
+        super().__init__(rows, **settings)
+        self.retained = retained
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch, forget in zip(range(self.start_batches, len(self)), super().__iter__(), strict=True):
+            if not len(self.retained):
+                yield RequestIndex(forget, None)
+                continue
+            seed = derived_seed(self.seed, "retain", self.task, self.task_epoch, batch, self.rank)
+            drawn = np.random.default_rng(seed).integers(len(self.retained), size=len(forget.rows))
+            yield RequestIndex(forget, BatchIndex(self.retained[drawn], seed))
 
 
 class EvaluationSampler(_RankSampler):

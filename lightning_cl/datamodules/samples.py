@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_cl.core.rng import derived_seed
 from lightning_cl.core.task import Task
 from lightning_cl.datamodules.batches import batch_reader
-from lightning_cl.datamodules.loader import BatchDataset, TaskLoader
+from lightning_cl.datamodules.loader import BatchDataset, RequestDataset, TaskLoader
 from lightning_cl.datamodules.plan import StreamPlan
 from lightning_cl.datamodules.samplers import BatchIndex, EvaluationSampler, TaskSampler
 from lightning_cl.datamodules.splits import Split
@@ -45,7 +45,8 @@ class TrainingSamples:
 
     def dataset(self, task: int) -> BatchDataset:
         """Return the data as ``task`` shows it."""
-        return BatchDataset(self._reader, self._plan.plans[task].transform)
+        plan = self._plan.plans[task]
+        return (BatchDataset if plan.retained is None else RequestDataset)(self._reader, plan.transform)
 
     def batch_ids(self, sampler: TaskSampler, batch: int) -> tuple[Tensor, Tensor]:
         """Return identities and ranks of the samples of all ranks in a step, both int64 [samples of all ranks]."""
@@ -104,6 +105,15 @@ class TrainingSamples:
         first_id = self._first_id(sampler.task)
         for index, batch in zip(ordered, TaskLoader(self.dataset(sampler.task), ordered), strict=True):
             yield batch, torch.from_numpy(np.ascontiguousarray(index.rows)) + first_id
+
+    def in_order(
+        self, sample_ids: Tensor, batch_size: int, *, rank: int, world_size: int
+    ) -> Iterator[tuple[Any, Tensor]]:
+        """Read samples of tasks without transforms in order, each once over all ranks, with identities."""
+        ordered = EvaluationSampler(sample_ids.numpy(), batch_size=batch_size, rank=rank, world_size=world_size)
+        dataset = BatchDataset(self._reader)
+        for index, batch in zip(ordered, TaskLoader(dataset, ordered), strict=True):
+            yield batch, torch.from_numpy(np.ascontiguousarray(index.rows))
 
     def _first_id(self, task: int) -> int:
         # a task that shows the rows in its own way makes other samples of them, the same ones at each visit

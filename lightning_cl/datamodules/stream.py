@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
-from lightning_cl.core.checks import check_choice, check_positive
 from lightning_cl.core.events import TaskEvents
 from lightning_cl.core.progress import batches_trained
+from lightning_cl.core.requests import ForgetRequest
 from lightning_cl.core.task import Task
 from lightning_cl.datamodules.batches import batch_reader
+from lightning_cl.datamodules.identified import IdentifiedSamples
 from lightning_cl.datamodules.labels import check_label_names
 from lightning_cl.datamodules.loader import BatchDataset, TaskLoader, no_loaders
 from lightning_cl.datamodules.plan import StreamPlan
-from lightning_cl.datamodules.samplers import EvaluationSampler, TaskSampler
+from lightning_cl.datamodules.samplers import EvaluationSampler, RequestSampler, TaskSampler
 from lightning_cl.datamodules.samples import TrainingSamples
-from lightning_cl.datamodules.scenarios import Scenario
+from lightning_cl.datamodules.scenarios import Scenario, TaskPlan
+from lightning_cl.datamodules.settings import check_stream_settings
 from lightning_cl.datamodules.splits import Split, read_split
 from lightning_cl.functional.reset_state import reset_state
 
@@ -32,7 +33,7 @@ __all__ = ["TaskStreamDataModule"]
 Data = Dataset | list[Dataset] | tuple[Any, Any]  # type: ignore[type-arg]
 
 
-class TaskStreamDataModule(LightningDataModule):
+class TaskStreamDataModule(IdentifiedSamples, LightningDataModule):
     """Turn datasets into a stream of tasks that one ``Trainer.fit`` runs from its first task to its last.
 
     The datamodule sets the Trainer's epoch limit to the length of the stream. The order of samples is a pure function
@@ -60,6 +61,10 @@ class TaskStreamDataModule(LightningDataModule):
             ``"reset_state"`` (momenta forgotten) or ``"rebuild"`` (``configure_optimizers`` is called again, which also
             restarts the learning-rate schedules).
         label: Key or position of the label in a sample, where it is not ``"label"``, ``"labels"`` or the last element.
+        requests: Samples to forget after so many tasks; each becomes a task of the kind ``"forget"`` whose batches are
+            ``{"forget": batch, "retain": batch}``. A callback such as :class:`~lightning_cl.unlearning.Unlearn` must
+            serve them.
+        epochs_per_request: Passes over what a request forgets.
 
     Raises:
         ValueError: Before training, for a setting out of range, an empty task, labels that cannot be read, or fewer
@@ -92,31 +97,23 @@ class TaskStreamDataModule(LightningDataModule):
         evaluate_every_n_epochs: int | None = None,
         optimizer_policy: Literal["keep", "reset_state", "rebuild"] = "keep",
         label: str | int | None = None,
+        requests: list[ForgetRequest] | None = None,
+        epochs_per_request: int = 1,
     ) -> None:
         super().__init__()
-        check_positive("batch_size", batch_size)
-        check_positive("num_workers", num_workers, zero_allowed=True)
-        check_positive("seed", seed, zero_allowed=True)
-        for epochs in epochs_per_task if isinstance(epochs_per_task, list) else [epochs_per_task]:
-            check_positive("epochs_per_task", epochs)
-        if steps_per_task is not None:
-            check_positive("steps_per_task", steps_per_task)
-            if epochs_per_task != 1:
-                raise ValueError(
-                    f"`steps_per_task={steps_per_task}` takes the place of `epochs_per_task={epochs_per_task}`: give"
-                    " only one of them."
-                )
-        if evaluate_every_n_epochs is not None:
-            check_positive("evaluate_every_n_epochs", evaluate_every_n_epochs)
-        check_choice("evaluate", evaluate, ("seen", "all", "current"))
-        check_choice("optimizer_policy", optimizer_policy, ("keep", "reset_state", "rebuild"))
-        if not isinstance(scenario, Scenario):
-            raise ValueError(f"`scenario` must be a scenario such as `ClassIncremental(n_tasks=5)`, got {scenario!r}.")
-        if scenario.hides_boundaries and optimizer_policy != "keep":
-            raise ValueError(
-                f"`optimizer_policy={optimizer_policy!r}` acts at task boundaries, which {scenario!r} hides: leave it"
-                " at 'keep'."
-            )
+        check_stream_settings(
+            scenario,
+            batch_size=batch_size,
+            epochs_per_task=epochs_per_task,
+            steps_per_task=steps_per_task,
+            num_workers=num_workers,
+            seed=seed,
+            evaluate=evaluate,
+            evaluate_every_n_epochs=evaluate_every_n_epochs,
+            optimizer_policy=optimizer_policy,
+            requests=requests,
+            epochs_per_request=epochs_per_request,
+        )
         self.sources = {"train": train, "val": val, "test": test}
         self.scenario = scenario
         self.batch_size = batch_size
@@ -129,10 +126,10 @@ class TaskStreamDataModule(LightningDataModule):
         self.evaluate_every_n_epochs = evaluate_every_n_epochs
         self.optimizer_policy = optimizer_policy
         self.label = label
+        self.requests = list(requests or ())
+        self.epochs_per_request = epochs_per_request
         self._splits: dict[str, Split] = {}
         self._rows: dict[str, list[np.ndarray]] = {}
-        self._made: StreamPlan | None = None
-        self._samples: TrainingSamples | None = None
         self._loader: TaskLoader | None = None
         self._evaluated: list[Task] = []
         self._evaluation_at: Task | None = None
@@ -151,20 +148,6 @@ class TaskStreamDataModule(LightningDataModule):
         return self.scenario.reveals_task
 
     @property
-    def plan(self) -> StreamPlan:
-        """The tasks in time; known from ``setup`` on."""
-        if self._made is None:
-            raise ValueError("The stream has no tasks yet: pass it to a Trainer, or call `setup('fit')`.")
-        return self._made
-
-    @property
-    def samples(self) -> TrainingSamples:
-        """The training samples by their identities; known from ``setup`` on."""
-        if self._samples is None:
-            raise ValueError("The stream has no samples yet: pass it to a Trainer, or call `setup('fit')`.")
-        return self._samples
-
-    @property
     def tasks(self) -> list[Task]:
         """The tasks of the stream, in order."""
         return self.plan.tasks
@@ -181,7 +164,7 @@ class TaskStreamDataModule(LightningDataModule):
         """Return the epochs of every task and the batches that a rank reads in each of them."""
         world_size, starts = self._ranks()["world_size"], self.plan.starts
         return [
-            (stop - start, self.steps_per_task or -(-len(plan.indices) // (self.batch_size * world_size)))
+            (stop - start, self._steps(plan) or -(-len(plan.indices) // (self.batch_size * world_size)))
             for plan, start, stop in zip(self.plan.plans, starts, starts[1:], strict=False)
         ]
 
@@ -202,26 +185,6 @@ class TaskStreamDataModule(LightningDataModule):
     def request_evaluation(self, task: Task | None) -> None:
         """Give evaluation loaders as at the end of ``task``, whatever the epoch; ``None`` ends the request."""
         self._evaluation_at = task
-
-    def batch_sample_ids(self, batch_idx: int) -> tuple[Tensor, Tensor]:
-        """Return identities and ranks of the samples of all ranks in a step of the current epoch, both int64 [n]."""
-        return self.samples.batch_ids(self._sampler(), batch_idx)
-
-    def labels_of(self, sample_ids: Tensor) -> Tensor | None:
-        """Return the labels of identities, int64, without reading samples; ``None`` if the data has no labels."""
-        return self.samples.labels_of(sample_ids)
-
-    def largest_label(self) -> tuple[int, Task, Tensor] | None:
-        """Return the largest label of all tasks, the first task with it and the identity of a sample, int64 [1]."""
-        return self.samples.largest_label()
-
-    def fetch(self, sample_ids: Tensor, seed: int = 0) -> Any:
-        """Read the samples of identities anew, as one batch; random transforms give the same for the same seed."""
-        return self.samples.fetch(sample_ids, seed)
-
-    def task_loader(self, n_samples: int | None, limit_batches: float) -> Iterator[tuple[Any, Tensor]]:
-        """Read the current task's training data, each sample once over all ranks, with identities."""
-        return self.samples.of_task(self._sampler(), n_samples, limit_batches)
 
     # ------------------------------------------------------------------ set-up
 
@@ -250,7 +213,26 @@ class TaskStreamDataModule(LightningDataModule):
                 f"`Trainer(overfit_batches={trainer.overfit_batches})` puts samplers of its own into the stream's"  # type: ignore[attr-defined]
                 " loaders. Use `limit_train_batches` with `steps_per_task`, or a small subset of the data."
             )
+        self._check_interval(trainer)
+        serving = (getattr(callback, "acts_on", ()) == ("forget",) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        if self.requests and not any(serving):
+            raise ValueError(
+                f"The stream has {len(self.requests)} `requests` to forget, and no callback of the Trainer serves them:"
+                " add one such as `Unlearn`."
+            )
         self.plan.check_single_pass(self.batch_size * self._ranks()["world_size"])
+
+    def _check_interval(self, trainer: Trainer) -> None:
+        interval, limit = trainer.val_check_interval, trainer.limit_train_batches  # type: ignore[attr-defined]
+        if not isinstance(interval, int) or not trainer.limit_val_batches:  # type: ignore[attr-defined]
+            return
+        for task, (epochs, batches) in zip(self.tasks, self.epochs_and_batches(), strict=True):
+            steps = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+            if epochs and interval > steps:
+                raise ValueError(
+                    f"`Trainer(val_check_interval={interval})` is more than the {steps} batches of an epoch of"
+                    f" {task.name!r}. Give a share of an epoch, such as 0.5, or use `evaluate_every_n_epochs`."
+                )
 
     def _make_plan(self) -> None:
         if self._made is not None:
@@ -262,10 +244,12 @@ class TaskStreamDataModule(LightningDataModule):
         check_label_names({name: split.dataset for name, split in self._splits.items()})
         self._made = StreamPlan(
             self.scenario,
-            self._splits["train"].info,
+            self._splits["train"],
             seed=self.seed,
             epochs_per_task=self.epochs_per_task,
             steps_per_task=self.steps_per_task,
+            requests=self.requests,
+            epochs_per_request=self.epochs_per_request,
         )
         self._samples = TrainingSamples(self._splits["train"], self._made, self.collate_fn, self.seed)
         # what an evaluation set lacks is an error before training
@@ -289,14 +273,12 @@ class TaskStreamDataModule(LightningDataModule):
         task = self.task_of_epoch(epoch)
         sampler = self._loader.sampler if self._loader is not None else None
         if not isinstance(sampler, TaskSampler) or sampler.task != task.index:
-            sampler = TaskSampler(
-                self.plan.plans[task.index].indices,
-                task=task.index,
-                batch_size=self.batch_size,
-                seed=self.seed,
-                steps=self.steps_per_task,
-                **self._ranks(),
-            )
+            plan = self.plan.plans[task.index]
+            settings = {"task": task.index, "batch_size": self.batch_size, "seed": self.seed, **self._ranks()}
+            if plan.retained is not None:
+                sampler = RequestSampler(plan.indices, plan.retained, **settings)
+            else:
+                sampler = TaskSampler(plan.indices, steps=self.steps_per_task, **settings)
             # the same loader serves all epochs of its task, so that workers stay alive
             self._loader = TaskLoader(self.samples.dataset(task.index), sampler, num_workers=self.num_workers)
         assert self._loader is not None
@@ -350,8 +332,14 @@ class TaskStreamDataModule(LightningDataModule):
 
     def _evaluation_rows(self, name: str) -> list[np.ndarray]:
         if name not in self._rows:
-            self._rows[name] = list(self.scenario.evaluation(self.plan.plans, self._splits[name].info, self.seed))
+            # a request is not evaluated apart
+            learning = [plan for plan in self.plan.plans if plan.retained is None]
+            self._rows[name] = list(self.scenario.evaluation(learning, self._splits[name].info, self.seed))
         return self._rows[name]
+
+    def _steps(self, plan: TaskPlan) -> int | None:
+        # an epoch of a request is a pass over what it forgets
+        return self.steps_per_task if plan.retained is None else None
 
     def _sampler(self) -> TaskSampler:
         assert self._loader is not None and isinstance(self._loader.sampler, TaskSampler)
@@ -386,10 +374,10 @@ class TaskStreamDataModule(LightningDataModule):
         if self._attached().state.fn != "fit":
             return  # weights may be tested on any stream
         self._make_plan()
-        if state_dict["stream"] != self.plan.fingerprint():
+        if not self.plan.continues(state_dict["stream"]):
             raise ValueError(
                 "The checkpoint is of another stream: the training data, `scenario`, `seed`, `epochs_per_task` and"
-                " `steps_per_task` must be those of the saved run."
+                " `steps_per_task` must be those of the saved run, and further `requests` must come after its end."
             )
         self._position = {key: int(state_dict[key]) for key in ("epoch", "batches", "samples")}
         if self._loader is not None and self._position["epoch"] == 0:

@@ -80,12 +80,12 @@ def test_equal_shares_of_the_memory(tmp_path: Path) -> None:
     features = torch.arange(24.0).reshape(12, 2)
     for index, share in enumerate((10, 5, 3, 2)):
         before = alone._kept
-        alone.learn(index, features + 100 * index)
+        alone.learn(index, features + 100 * index, torch.arange(12))
         assert [len(rows) for rows in alone._kept] == [share] * (index + 1)
         for old, new in zip(before, alone._kept, strict=False):
             assert torch.equal(old[:share], new)
     assert alone.choose(features[:1] + 200).tolist() == [[2]]
-    alone.learn(1, features - 500)
+    alone.learn(1, features - 500, torch.arange(12))
     assert len(alone._kept) == 2
 
 

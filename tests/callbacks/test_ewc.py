@@ -31,7 +31,7 @@ def kept_state(module: nn.Module, strength_of: float = 1.0) -> dict[str, Any]:
     parameters = dict(module.named_parameters())
     fisher = {name: strength_of * torch.rand(p.shape, generator=generator) for name, p in parameters.items()}
     anchors = {name: p.detach() + torch.randn(p.shape, generator=generator) for name, p in parameters.items()}
-    return {"importance": fisher, "anchors": anchors, "constant": 0.0, "by_sample": None}
+    return {"importance": fisher, "anchors": anchors, "constant": 0.0, "by_sample": None, "tasks": 1.0}
 
 
 def in_loss(module: nn.Module, state: dict[str, Any], names: list[str] | None = None) -> Tensor:
@@ -450,7 +450,7 @@ def test_saved_state_is_whole_and_plain(tmp_path: Path) -> None:
     fit = trainer(tmp_path, [ewc], max_epochs=1)
     fit.fit(module, loader(Texts), loader(Texts))
     state = ewc.state_dict()
-    assert state.keys() == {"importance", "anchors", "constant", "by_sample"}
+    assert state.keys() == {"importance", "anchors", "constant", "by_sample", "tasks"}
     for part in ("importance", "anchors"):
         assert {name: value.shape for name, value in state[part].items()} == {
             name: p.shape for name, p in module.named_parameters()

@@ -315,7 +315,7 @@ def test_acts_as_a_penalty_in_the_loss(name: str, tmp_path: Path) -> None:
         return weights(module)
 
     generator = torch.Generator().manual_seed(8)
-    state = {"constant": 0.0, "by_sample": False} | {
+    state = {"constant": 0.0, "by_sample": False, "tasks": 1.0} | {
         part: {n: torch.rand(p.shape, generator=generator) for n, p in ToyModule().named_parameters()}
         for part in ("importance", "anchors")
     }

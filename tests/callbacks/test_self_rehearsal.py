@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forgetting import differing, learned_and_forgotten
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor
@@ -23,6 +24,7 @@ from lightning_cl import ExperienceReplay, FSDP2Strategy, SelfRehearsal, TaskStr
 from lightning_cl.callbacks import ExactMatch
 from lightning_cl.callbacks.answers import AnswerFile, Generated
 from lightning_cl.cli.main import main
+from lightning_cl.core.requests import ForgetRequest
 from lightning_cl.datamodules import InstructionSource, PackedTextSource, Predefined
 from lightning_cl.datamodules.samplers import TaskSampler
 from lightning_cl.datamodules.sources import ByteTokenizer
@@ -397,6 +399,25 @@ def test_purge_leaves_nothing_behind(tmp_path: Path) -> None:
     assert callback.purge(torch.tensor(stays)) == 0
     assert method(cache_directory=tmp_path / "none").purge(torch.tensor([1])) == 0
     assert SelfRehearsal.card.stores_inputs
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_request_leaves_no_answers(cached: bool, tmp_path: Path) -> None:
+    """Those to its samples go, and those to others too, which earlier weights gave; files keep the latter."""
+    callback = method(cache_directory=tmp_path / "answers" if cached else None)
+    request = ForgetRequest("rows", rows=list(range(6)), after=1)
+    stream = examples_stream(requests=[request])
+    serves = learned_and_forgotten(tmp_path, callback, module=UserModule(), stream=stream)
+    found = [(i.state, i.outcome, i.count) for i in serves.influences if i.owner == "SelfRehearsal"]
+    assert [entry[:2] for entry in found] == [
+        ("answers to the samples", "removed"),
+        ("answers to other samples", "removed"),
+        *([("answers to other samples, in `cache_directory`", "remains")] if cached else []),
+    ]
+    assert sum(entry[2] or 0 for entry in found) == sum(callback.counts[0][2:]) > (found[1][2] or 0) > 0
+    assert differing(serves.before, serves.after) == []
+    lines = [json.loads(line) for path in tmp_path.rglob("task-0-*") for line in path.read_text().splitlines()]
+    assert sorted(line["sample"] for line in lines) == (list(range(6, 12)) if cached else [])
 
 
 def test_files_belong_to_weights_data_and_settings(tmp_path: Path) -> None:

@@ -58,6 +58,9 @@ class TaskPlan:
         transform: Acts on a batch of inputs ``[B, ...]``; ``None`` leaves them as they are.
         source: Position of the task that this one repeats, in a :class:`Recurring` stream; ``None`` elsewhere.
         joined: The tasks that this one holds, in a :class:`Joint` stream.
+        retained: Of a request to forget: indices of what was learned before and is not forgotten; ``None`` for a task
+            to learn.
+        requested: Of a request to forget: samples that it names, also those that were not learned.
     """
 
     name: str
@@ -66,6 +69,8 @@ class TaskPlan:
     transform: Callable[[Tensor], Tensor] | None = None
     source: int | None = None
     joined: tuple[TaskPlan, ...] = ()
+    retained: IndexArray | None = None
+    requested: int = 0
 
     def __post_init__(self) -> None:
         if self.indices.dtype != np.int64 or self.indices.ndim != 1:

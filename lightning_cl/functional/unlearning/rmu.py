@@ -86,8 +86,8 @@ def activation_distance(activations: Tensor, reference: Tensor, mask: Tensor | N
         )
     if activations.ndim not in (2, 3):
         raise ValueError(
-            f"Activations of shape {list(activations.shape)} are neither [B, T, D] nor [B, D], so which of their numbers"
-            " belong to one position is unknown. Take those of a layer that returns one vector for each position."
+            f"Activations of shape {list(activations.shape)} are neither [B, T, D] nor [B, D], so it is open which of"
+            " their numbers belong to one position. Take those of a layer that returns one vector for each position."
         )
     if mask is None:
         mask = torch.ones(activations.shape[:-1], dtype=torch.bool, device=activations.device)

@@ -1,0 +1,1 @@
+"""One file for each forget loss: its row in the contract, and its plain loss."""
