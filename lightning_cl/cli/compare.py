@@ -22,7 +22,7 @@ from lightning_cl.cli.methods import method_classes
 from lightning_cl.metrics.record import read_records
 from lightning_cl.report import format_markdown, print_table, summarise, write_report
 
-__all__ = ["compare"]
+__all__ = ["callback_entries", "compare"]
 
 _BASELINES = ("finetune", "joint")
 
@@ -142,7 +142,7 @@ def _variants(
         for value in values:
             changed = copy.deepcopy(given)
             if "callbacks" in changed:
-                changed["callbacks"] = _entries(changed["callbacks"])
+                changed["callbacks"] = callback_entries(changed["callbacks"])
             for arguments in _takers(method, changed, setting):
                 arguments[setting] = value
             variants[f"{method}/{setting}-{value}"] = (method, changed)
@@ -158,7 +158,7 @@ def _takers(method: str, given: dict[str, Any], setting: str) -> list[dict[str, 
     """
     if "callbacks" not in given:
         return [given] if _takes(method_classes().get(method), setting) else []
-    entries = _entries(given["callbacks"])
+    entries = callback_entries(given["callbacks"])
     spelled = [entry["init_args"] for entry in entries if setting in entry["init_args"]]
     return spelled or [entry["init_args"] for entry in entries if _takes(_class_of(entry["class_path"]), setting)]
 
@@ -175,7 +175,7 @@ def _class_of(path: str) -> type | None:
     return found if isinstance(found, type) else None
 
 
-def _entries(callbacks: Any) -> list[dict[str, Any]]:
+def callback_entries(callbacks: Any) -> list[dict[str, Any]]:
     """Return callbacks of a config, which may be one or several, names or mappings, as mappings with arguments."""
     listed = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
     entries: list[Any] = [{"class_path": entry} if isinstance(entry, str) else entry for entry in listed]
@@ -195,14 +195,14 @@ def _config_of(run: _Run, config: dict[str, Any]) -> dict[str, Any]:
     if run.method == "joint":
         stream["scenario"] = {"class_path": "Joint", "init_args": {"scenario": stream["scenario"]}}
     trainer = config["trainer"] = config.get("trainer") or {}
-    callbacks = _entries(trainer.get("callbacks"))
+    callbacks = callback_entries(trainer.get("callbacks"))
     metrics = [entry for entry in callbacks if entry["class_path"].rpartition(".")[2] == "ContinualMetrics"]
     if not metrics:
         callbacks.append({"class_path": "ContinualMetrics", "init_args": {}})
         metrics = callbacks[-1:]
     metrics[0]["init_args"].update(name=run.name, directory=str(run.directory))
     if "callbacks" in run.settings:
-        callbacks += _entries(copy.deepcopy(run.settings["callbacks"]))
+        callbacks += callback_entries(copy.deepcopy(run.settings["callbacks"]))
     elif run.method not in _BASELINES:
         callbacks.append({"class_path": method_classes()[run.method].__name__, "init_args": run.settings})
     trainer.update(callbacks=callbacks, default_root_dir=str(run.directory), enable_progress_bar=False, logger=False)

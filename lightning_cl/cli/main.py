@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -80,8 +81,22 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="print bytes by part as JSON")
     plan.set_defaults(run=_plan)
 
+    unlearn = commands.add_parser("unlearn", help="serve requests to forget on the model of a finished run")
+    unlearn.add_argument("config", help="the config of the run, with a callback that serves requests")
+    unlearn.add_argument(
+        "--request", required=True, metavar="FILE", help="YAML or JSON: one request, or a list of them"
+    )
+    unlearn.add_argument("--checkpoint", help="where to go on from; by default the model in the output folder")
+    unlearn.add_argument(
+        "--epochs", type=int, help="passes over what a request forgets, those of the config by default"
+    )
+    unlearn.add_argument("--output", default="lightning_cl_unlearning", help="folder of the model, ledger and report")
+    unlearn.set_defaults(run=_unlearn)
+
     report = commands.add_parser("report", help="write the HTML report of finished runs")
-    report.add_argument("runs", nargs="+", help="folders with a record.json, searched in depth")
+    report.add_argument("runs", nargs="*", help="folders with a record.json, searched in depth")
+    report.add_argument("--ledger", metavar="FILE", help="the requests.jsonl of requests to forget, in place of runs")
+    report.add_argument("--retrained", metavar="FILE", help="JSON: measurements of retrained models by request's name")
     report.add_argument("--output", default="lightning_cl_report", help="folder for the report")
     report.set_defaults(run=_report)
     return parser
@@ -147,10 +162,30 @@ def _plan(options: argparse.Namespace) -> None:
         print_plan(result)
 
 
+def _unlearn(options: argparse.Namespace) -> None:
+    from lightning_cl.cli.unlearn import unlearn
+
+    page = unlearn(
+        options.config,
+        options.request,
+        checkpoint=options.checkpoint,
+        output=options.output,
+        epochs=options.epochs,
+    )
+    print(f"report: {page}")
+
+
 def _report(options: argparse.Namespace) -> None:
     from lightning_cl.metrics.record import read_records
     from lightning_cl.report import write_report
+    from lightning_cl.report.requests import write_request_report
 
+    if bool(options.runs) == bool(options.ledger):
+        raise ValueError("`report` takes folders of runs, or the ledger of requests by `--ledger`: give one of them.")
+    if options.ledger:
+        retrained = None if options.retrained is None else json.loads(Path(options.retrained).read_text())
+        print(f"report: {write_request_report(options.ledger, options.output, retrained=retrained)}")
+        return
     print(f"report: {write_report(read_records(options.runs), options.output)}")
 
 

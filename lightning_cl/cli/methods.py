@@ -6,6 +6,7 @@ from importlib import import_module
 
 from lightning_cl.core.callback import ContinualCallback
 from lightning_cl.core.card import MethodCard, methods_below
+from lightning_cl.unlearning import ForgetLoss
 
 __all__ = ["method_classes", "print_methods"]
 
@@ -19,9 +20,13 @@ def method_classes() -> dict[str, type[ContinualCallback]]:
 
 
 def print_methods() -> None:
-    """Print name, class, family, paper, needs, state and strategies of every method, one line each."""
+    """Print name, class, family, paper, needs, state and strategies of every method, one line each.
+
+    The forget losses, which are the ``method`` of ``Unlearn``, come last.
+    """
     rows = [("name", "class", "family", "paper", "needs", "state", "strategies")]
-    for name, kind in method_classes().items():
+    losses: dict[str, type] = methods_below(ForgetLoss)  # type: ignore[type-abstract]
+    for name, kind in [*method_classes().items(), *losses.items()]:
         card: MethodCard = kind.__dict__["card"]
         rows.append((name, kind.__name__, card.family, card.paper, card.needs, card.state, card.strategies))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from importlib import resources
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lightning_cl.core.imports import require
 from lightning_cl.metrics.record import RunRecord, Trace
 from lightning_cl.report import plots
-from lightning_cl.report.style import DARK, LIGHT, Theme, cell_colors, png
+from lightning_cl.report.pages import Image, draw, render, slug
+from lightning_cl.report.style import cell_colors
 from lightning_cl.report.sweep import find_sweeps
 from lightning_cl.report.table import COLUMNS, MethodRow, Statistic, best, filled_columns, summarise
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 __all__ = ["write_report"]
 
@@ -41,77 +34,43 @@ def write_report(records: Sequence[RunRecord], directory: str | Path) -> Path:
     """
     require("matplotlib", extra="report")
     require("jinja2", extra="report")
-    from jinja2 import Environment
-
     rows = summarise(records)
     limits = plots.score_limits(records)
-    template = resources.files("lightning_cl.report").joinpath("report.html.j2").read_text(encoding="utf-8")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     overview, by_method = _figures(records, rows, limits)
     for image in (*overview, *(image for _, images in by_method for image in images)):
         (directory / image.file).write_bytes(image.light)
     columns = filled_columns(rows)
-    page = (
-        Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-        .from_string(template)
-        .render(
-            monitor=records[0].monitor,
-            tasks=len(records[0].task_names),
-            records=records,
-            rows=rows,
-            columns=columns,
-            best={column.key: best(rows, column) for column in columns if not column.unit},
-            overview=overview,
-            by_method=by_method,
-            facts=_facts,
-            colors=lambda score: cell_colors(score, limits),
-            prompts=_prompts,
-            happenings=_happenings,
-        )
+    page = render(
+        "report.html.j2",
+        monitor=records[0].monitor,
+        tasks=len(records[0].task_names),
+        records=records,
+        rows=rows,
+        columns=columns,
+        best={column.key: best(rows, column) for column in columns if not column.unit},
+        overview=overview,
+        by_method=by_method,
+        facts=_facts,
+        colors=lambda score: cell_colors(score, limits),
+        prompts=_prompts,
+        happenings=_happenings,
     )
     path = directory / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
 
 
-@dataclass(frozen=True)
-class _Image:
-    """A figure in both themes, with its text for those who do not see it."""
-
-    file: str
-    alt: str
-    light: bytes
-    dark: bytes
-
-    @property
-    def light_uri(self) -> str:
-        return _data_uri(self.light)
-
-    @property
-    def dark_uri(self) -> str:
-        return _data_uri(self.dark)
-
-    @property
-    def width(self) -> int:
-        """Width in CSS pixels: the PNG has two for each."""
-        return int.from_bytes(self.light[16:20], "big") // 2
-
-    @property
-    def height(self) -> int:
-        """Height in CSS pixels."""
-        return int.from_bytes(self.light[20:24], "big") // 2
-
-
 def _figures(
     records: Sequence[RunRecord], rows: Sequence[MethodRow], limits: tuple[float, float]
-) -> tuple[list[_Image], list[tuple[MethodRow, list[_Image]]]]:
+) -> tuple[list[Image], list[tuple[MethodRow, list[Image]]]]:
     """Draw the figures that compare the methods, and those of each method."""
     overview, shown = _sweep_figures(rows, limits)
     averages = ", ".join(f"{row.method} {row.values['average_accuracy'].text(3)}" for row in shown)
     compared = [record for record in records if any(record.method == row.method for row in shown)]
     overview.append(
-        _draw(
+        draw(
             "average_accuracy.png",
             f"Average {plots.quantity(records[0])} after each task, a line for each method. At the end: {averages}.",
             lambda theme: plots.average_figure(compared, limits, theme),
@@ -120,7 +79,7 @@ def _figures(
     if any(row.values["forgetting"].n for row in shown):
         lost = ", ".join(f"{row.method} {row.values['forgetting'].text(3)}" for row in shown)
         overview.append(
-            _draw(
+            draw(
                 "forgetting.png",
                 f"Forgetting, a bar for each method: {lost}.",
                 lambda theme: plots.forgetting_figure(shown, records[0].monitor, theme),
@@ -129,9 +88,9 @@ def _figures(
     by_method = []
     for position, row in enumerate(shown, start=1):
         runs = [record for record in records if record.method == row.method]
-        stem = f"{position}_{_slug(row.method) or 'method'}"
+        stem = f"{position}_{slug(row.method) or 'method'}"
         images = [
-            _draw(
+            draw(
                 f"{stem}_matrix.png",
                 f"Heat map: {plots.quantity(runs[0])} matrix of {row.method}. The numbers are in the tables below.",
                 lambda theme, runs=runs: plots.matrix_figure(runs, limits, theme),  # type: ignore[misc]
@@ -139,7 +98,7 @@ def _figures(
         ]
         if len(runs[0].matrix) > 1 or len(runs[0].within.step) > 1:
             images.append(
-                _draw(
+                draw(
                     f"{stem}_tasks.png",
                     f"Score of each task over the stream, for {runs[0].title}.",
                     lambda theme, runs=runs: plots.tasks_figure(runs[0], limits, theme),  # type: ignore[misc]
@@ -147,8 +106,8 @@ def _figures(
             )
         traced = next((run for run in runs if run.traces), runs[0])
         images += [
-            _draw(
-                f"{stem}_{_slug(trace.name)}.png",
+            draw(
+                f"{stem}_{slug(trace.name)}.png",
                 f"{trace.quantity} over the optimizer steps of {traced.title}.{_what_happened(trace)}",
                 lambda theme, run=traced, trace=trace: plots.trace_figure(run, trace, theme),  # type: ignore[misc]
             )
@@ -158,7 +117,7 @@ def _figures(
     return overview, by_method
 
 
-def _sweep_figures(rows: Sequence[MethodRow], limits: tuple[float, float]) -> tuple[list[_Image], list[MethodRow]]:
+def _sweep_figures(rows: Sequence[MethodRow], limits: tuple[float, float]) -> tuple[list[Image], list[MethodRow]]:
     """Draw accuracy and forgetting against each setting that is swept; return the rows for the other figures too.
 
     These show of a method the largest value only: a line for each would hide the others. All runs have their tables.
@@ -176,7 +135,7 @@ def _sweep_figures(rows: Sequence[MethodRow], limits: tuple[float, float]) -> tu
             ]
             levels = [f"{row.method} {row.values[column.key].text(3)}" for row in sweep.others]
             images.append(
-                _draw(
+                draw(
                     f"{sweep.setting}_{column.key}.png",
                     f"{column.title} against {sweep.setting}, a line for each method: {'; '.join([*lines, *levels])}.",
                     lambda theme, sweep=sweep, column=column: plots.sweep_figure(sweep, column, limits, theme),  # type: ignore[misc]
@@ -185,22 +144,10 @@ def _sweep_figures(rows: Sequence[MethodRow], limits: tuple[float, float]) -> tu
     return images, [row for row in rows if not any(row is other for other in hidden)]
 
 
-def _slug(name: str) -> str:
-    """Return a part of a file name."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name)[:40].strip(".-")
-
-
 def _what_happened(trace: Trace) -> str:
     """Return the marks of a trace for those who do not see them."""
     marks = [f"{kind} at {len(steps)} {'step' if len(steps) == 1 else 'steps'}" for kind, steps in trace.marks.items()]
     return f" {', '.join(marks).capitalize()}." if marks else ""
-
-
-def _draw(file: str, alt: str, draw: Callable[[Theme], Figure | None]) -> _Image:
-    light, dark = draw(LIGHT), draw(DARK)
-    assert light is not None
-    assert dark is not None
-    return _Image(file, alt, png(light), png(dark))
 
 
 def _facts(record: RunRecord) -> list[str]:
@@ -225,7 +172,3 @@ def _happenings(trace: Trace) -> list[tuple[int, str, str]]:
     marked = sorted((step, kind) for kind, steps in trace.marks.items() for step in steps)
     texts = {step: "not finite" if value is None else f"{value:.4g}" for step, value in values.items()}
     return [(step, kind, texts.get(step, "")) for step, kind in marked]
-
-
-def _data_uri(image: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(image).decode('ascii')}"
