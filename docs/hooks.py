@@ -22,10 +22,10 @@ _DISPLAY = re.compile(r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>', re.D
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add one reference page for each subpackage of lightning_cl."""
+    """Add one reference page for each subpackage of lightning_cl that has names of its own."""
     root = Path(config.config_file_path).parent / "lightning_cl"
-    for init in sorted(root.glob("*/__init__.py")):
-        name = init.parent.name
+    for init in sorted([*root.glob("*/__init__.py"), *root.glob("*/unlearning/__init__.py")]):
+        name = ".".join(init.parent.relative_to(root).parts)
         content = f"# lightning_cl.{name}\n\n::: lightning_cl.{name}\n    options: {{show_root_heading: false}}\n"
         files.append(File.generated(config, f"reference/{name}.md", content=content))
     return files

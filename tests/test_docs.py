@@ -9,7 +9,7 @@ import pytest
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = sorted(page for folder in ("methods", "optimizers") for page in (DOCS / folder).glob("*.md"))
-WITHOUT = ("adapters-comparison", "comparison", "index", "replay-sizes")
+WITHOUT = ("adapters-comparison", "comparison", "index", "replay-sizes", "unlearning-comparison")
 PYTHON = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
