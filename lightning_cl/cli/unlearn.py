@@ -81,7 +81,8 @@ def unlearn(
         settings["ckpt_path"] = str(checkpoint)
     trainer = settings["trainer"] = settings.get("trainer") or {}
     saver = {"class_path": f"{__name__}.SaveAtEnd", "init_args": {"path": str(last)}}
-    trainer.update(callbacks=[*callback_entries(trainer.get("callbacks")), saver], default_root_dir=str(folder))
+    # the run keeps a ledger of its own: that of the folder says what the model in the folder has forgotten
+    trainer.update(callbacks=[*callback_entries(trainer.get("callbacks")), saver], default_root_dir=str(folder / "run"))
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / _CONFIG
     path.write_text(yaml.safe_dump(settings, sort_keys=False))

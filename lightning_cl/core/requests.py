@@ -52,8 +52,8 @@ class ForgetRequest:
                 f"Request {self.name!r} must say what to forget by one of `rows`, `classes` and `where`, got"
                 f" {given or 'none of them'}."
             )
-        if self.after is not None and (isinstance(self.after, bool) or self.after < 0):
-            raise ValueError(f"`after` of request {self.name!r} must be at least 0, got {self.after!r}.")
+        if self.after is not None and (isinstance(self.after, bool) or self.after < 1):
+            raise ValueError(f"`after` of request {self.name!r} must be at least 1, got {self.after!r}.")
         if self.epochs is not None and (isinstance(self.epochs, bool) or self.epochs < 1):
             raise ValueError(f"`epochs` of request {self.name!r} must be at least 1, got {self.epochs!r}.")
 

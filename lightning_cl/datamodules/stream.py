@@ -223,8 +223,8 @@ class TaskStreamDataModule(IdentifiedSamples, LightningDataModule):
         self.plan.check_single_pass(self.batch_size * self._ranks()["world_size"])
 
     def _check_interval(self, trainer: Trainer) -> None:
-        interval, limit = trainer.val_check_interval, trainer.limit_train_batches  # type: ignore[attr-defined]
-        if not isinstance(interval, int) or not trainer.limit_val_batches:  # type: ignore[attr-defined]
+        interval, limit = trainer.val_check_interval, trainer.limit_train_batches
+        if not isinstance(interval, int) or not trainer.limit_val_batches:
             return
         for task, (epochs, batches) in zip(self.tasks, self.epochs_and_batches(), strict=True):
             steps = min(batches, limit) if isinstance(limit, int) else int(batches * limit)

@@ -105,3 +105,19 @@ def test_a_config_that_serves_nothing(learned: Path, capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit):
         main(["unlearn", "run.yaml", "--request", "first.yaml", "--checkpoint", str(learned)])
     assert "no callback of the Trainer serves them" in capsys.readouterr().err
+
+
+def test_a_run_that_dies_has_served_nothing(learned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder's ledger gets a record when the model is saved: the next call does not take it for done."""
+    arguments = ["unlearn", "run.yaml", "--request", "second.json", "--checkpoint", str(learned), "--output", "model"]
+
+    def die(*_: Any) -> None:
+        raise RuntimeError("died")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lightning_cl.cli.unlearn.SaveAtEnd.on_train_end", die)
+        with pytest.raises(RuntimeError, match="died"):
+            main(arguments)
+    assert not Path("model/requests.jsonl").exists()
+    main(arguments)
+    assert [record.name for record in Ledger.read("model/requests.jsonl").records] == ["customer"]

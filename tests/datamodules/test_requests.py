@@ -163,6 +163,9 @@ def test_refused_before_training(tmp_path: Path) -> None:
     everything = ForgetRequest("a", rows=list(range(len(LABELS))), after=1)
     with pytest.raises(ValueError, match="forgotten before it comes"):
         toy_stream(requests=[everything]).setup("fit")
+    stream = toy_stream(requests=[ForgetRequest("a", rows=[1])])
+    with pytest.raises(ValueError, match="more than the 1 batches of an epoch of 'a'"):
+        trainer(tmp_path, [Unlearn("npo")], val_check_interval=2).fit(Recorder(), datamodule=stream)
 
 
 def test_a_stream_goes_on_with_further_requests() -> None:

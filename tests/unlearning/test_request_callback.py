@@ -10,9 +10,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from lightning_cl import EWC
+from lightning_cl import EWC, ContinualCallback
 from lightning_cl.core.requests import ForgetRequest
 from lightning_cl.datamodules import UnlearningDataModule
 from lightning_cl.unlearning import (
@@ -59,14 +59,36 @@ def test_resumes_behind_steps_left_out(make: Any, tmp_path: Path) -> None:
     straight = make()
     expected = serve(tmp_path / "a", [EWC(10.0), straight, saver(tmp_path)])
     served = straight.ledger.records[0].steps
-    # two epochs of three batches
+    # of two epochs of three batches; the task behind has two of two left
     assert served < 6
-    for step in range(6 + served, 12 + served):
+    for step in range(6 + served, 10 + served):
         resumed = make()
         callbacks: list[Callback] = [EWC(10.0), resumed, saver(tmp_path)]
         found = serve(tmp_path / f"b{step}", callbacks, ckpt_path=tmp_path / f"step={step}.ckpt")
         assert torch.equal(found, expected)
         assert resumed.completed_tasks == straight.completed_tasks == 4
+
+
+class EpochStarts(ContinualCallback):
+    """A learning method that acts at the start of an epoch."""
+
+    needs_state = False
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        self.seen.append(trainer.current_epoch)
+
+
+def test_methods_rest_from_the_start_of_an_epoch(tmp_path: Path) -> None:
+    """Before the task is opened: in no epoch of a request, the first of a stream included, and in all others."""
+    between, alone = EpochStarts(), EpochStarts()
+    serve(tmp_path / "a", [between, Unlearn("npo")])
+    assert between.seen == [0, 1, 4, 5]
+    data = UnlearningDataModule(toy_data(), toy_data(16, seed=1), batch_size=8, requests=[TWO_ROWS])
+    trainer(tmp_path / "b", [alone, Unlearn("npo")]).fit(ToyModule(), datamodule=data)
+    assert alone.seen == []
 
 
 class Normalised(ToyModule):
@@ -145,7 +167,9 @@ def test_a_model_destroyed_has_a_ledger(tmp_path: Path) -> None:
     """Measurements that are no numbers equal nothing, and the ledger is still that of the run."""
     unlearn = Unlearn(GradientAscent(bound=None), retain=None, forget_weight=1e30)
     serve(tmp_path, [unlearn])
-    assert unlearn.ledger.records[0].after["forget/probability"] != unlearn.ledger.records[0].after["forget/probability"]
+    assert (
+        unlearn.ledger.records[0].after["forget/probability"] != unlearn.ledger.records[0].after["forget/probability"]
+    )
     serve(tmp_path, [unlearn], requests=[ForgetRequest("one row", rows=[5])])
     assert len(Ledger.read(tmp_path / "requests.jsonl")) == 3
 
@@ -198,10 +222,19 @@ class Autoencoder(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+class Unlabelled(Dataset[Any]):
+    """Toy inputs in mappings."""
+
+    def __len__(self) -> int:
+        return 48
+
+    def __getitem__(self, row: int) -> dict[str, Tensor]:
+        return {"inputs": toy_data().tensors[0][row]}
+
+
 def test_activations_need_no_labels(tmp_path: Path) -> None:
     """RMU forgets where there is nothing to measure; the ledger says that nothing was."""
-    rows = [{"inputs": sample} for sample in toy_data().tensors[0]]
-    data = UnlearningDataModule(rows, batch_size=8, requests=[TWO_ROWS])  # type: ignore[arg-type]
+    data = UnlearningDataModule(Unlabelled(), batch_size=8, requests=[TWO_ROWS])
     unlearn = Unlearn(RMU(layer="encoder", coefficient=2.0), retain="own")
     trainer(tmp_path, [unlearn]).fit(Autoencoder(), datamodule=data)
     record = unlearn.ledger.records[0]
