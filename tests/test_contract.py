@@ -21,7 +21,18 @@ from lightning_cl.cli.main import main
 from lightning_cl.cli.methods import method_classes
 from lightning_cl.core.shards import gathered
 from ranks import Ranks, exit_codes
-from toys import LoraToy, SelfSharded, SelfShardedLora, ToyModule, fit_stream, toy_loaders, toy_stream, trainer, weights
+from toys import (
+    LoraToy,
+    SelfSharded,
+    SelfShardedLora,
+    ToyModule,
+    fit_stream,
+    toy_loaders,
+    toy_stream,
+    trainer,
+    trainer_yaml,
+    weights,
+)
 
 ROWS = all_rows()
 
@@ -169,13 +180,7 @@ def test_built_by_the_command_line(row: Row, tmp_path: Path) -> None:
     adapter = "" if row.toy is ToyModule else ADAPTER
     (tmp_path / "run.yaml").write_text(
         f"""
-trainer:
-  accelerator: cpu
-  logger: false
-  enable_checkpointing: false
-  enable_progress_bar: false
-  enable_model_summary: false
-  default_root_dir: {tmp_path}
+{trainer_yaml(tmp_path)}
   callbacks:
     - class_path: {row.method.__name__}
       init_args:

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.functional import cross_entropy
+from typing_extensions import override
 
-from lightning_cl.callbacks.measuring import is_sharded, mean_over_samples, on_any_rank, single_rows, sum_over_samples
+from lightning_cl.callbacks.measuring import Measurement, is_sharded, on_any_rank, single_rows, sum_over_samples
 from lightning_cl.core.batches import BatchAdapter, next_labels
 from lightning_cl.core.capture import OutputCapture, forward_loss, run_step, undisturbed
 from lightning_cl.core.checks import check_choice
 from lightning_cl.core.distributed import max_over_ranks
 from lightning_cl.core.rng import derived_seed
 from lightning_cl.core.state import local
-from lightning_cl.core.task_data import IdentifiedData, task_batches
 from lightning_cl.functional.fisher import (
     IGNORE_INDEX,
     batched_fisher,
@@ -39,7 +39,7 @@ _COMPARED = 3
 _TOLERANCE = 1e-2
 
 
-class FisherEstimator:
+class FisherEstimator(Measurement):
     r"""Measures :math:`F = \frac{1}{N} \sum_n (\nabla_\theta \ell_n)^2` with the user's own step, in evaluation mode.
 
     ``"empirical"`` squares the gradients of the module's own loss on single samples, whatever that loss is; they come
@@ -56,7 +56,7 @@ class FisherEstimator:
         ValueError: If ``fisher`` is unknown.
     """
 
-    quantity = "Fisher information"
+    quantity: ClassVar[str] = "Fisher information"
 
     def __init__(self, fisher: Estimator, adapter: BatchAdapter, n_samples: int | None, logits: str | None) -> None:
         check_choice("fisher", fisher, get_args(Estimator))
@@ -64,10 +64,10 @@ class FisherEstimator:
         self.adapter = adapter
         self.n_samples = n_samples
         self.logits = logits
-        self.by_sample: bool | None = None
         # the scores of a position are for the label of the next one, as in causal language models
         self._shifted = False
 
+    @override
     def check(self, pl_module: LightningModule, parameters: Mapping[str, Parameter], batch: Any) -> None:
         """Try the estimator on a training batch, before the first step, and choose between batches and samples.
 
@@ -110,35 +110,7 @@ class FisherEstimator:
                 " no mean over samples, or a layer has no rule for per-sample gradients."
             )
 
-    def estimate(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        parameters: Mapping[str, Parameter],
-        seed: int,
-        sample_ids: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """Return the diagonal over the current task, float32, in the placement of each parameter.
-
-        Of sharded parameters a rank holds its shard of the sums, and one layer in full for as long as it is squared.
-
-        Args:
-            trainer: The running Trainer.
-            pl_module: The user's module.
-            parameters: The parameters by name.
-            seed: Seeds the labels of ``"sampled"``.
-            sample_ids: Identities of samples to measure on in the place of the task's.
-
-        Raises:
-            ValueError: If the task holds no sample.
-        """
-        batches = task_batches(trainer, pl_module, self.adapter, self.n_samples, sample_ids)
-        if not isinstance(trainer.datamodule, IdentifiedData):  # type: ignore[attr-defined]
-            # each rank counts from 0, and reads every world_size-th sample
-            batches = ((batch, ids * trainer.world_size + trainer.global_rank) for batch, ids in batches)
-        sums, count = self.sums_over(batches, pl_module, parameters, seed)
-        return mean_over_samples(sums, count, self.quantity)
-
+    @override
     def sums_over(
         self,
         batches: Iterable[tuple[Any, Tensor]],
@@ -166,6 +138,7 @@ class FisherEstimator:
                     count += self._add_from_losses(tape, pl_module, batch, sums)
         return sum_over_samples(sums, count, pl_module)
 
+    @override
     def rehearse(
         self, pl_module: LightningModule, parameters: Mapping[str, Parameter], batch: Any
     ) -> dict[str, Tensor]:

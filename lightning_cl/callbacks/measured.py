@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
-from torch.nn import Parameter
 from typing_extensions import override
 
+from lightning_cl.callbacks.measuring import Measurement
 from lightning_cl.callbacks.penalty import QuadraticPenalty
 from lightning_cl.callbacks.renewal import measured_again
-from lightning_cl.core.batches import BatchAdapter
 from lightning_cl.core.footprint import Footprint
 from lightning_cl.core.requests import Influence
 from lightning_cl.core.rng import derived_seed
@@ -20,39 +18,7 @@ from lightning_cl.core.state import local
 from lightning_cl.core.task import Task
 from lightning_cl.core.task_data import task_batches
 
-__all__ = ["MeasuredPenalty", "Measurement"]
-
-
-class Measurement(Protocol):
-    """Measures importances on the data of a task.
-
-    Attributes:
-        adapter: Reads batches.
-        by_sample: Whether it goes sample by sample; ``None`` before :meth:`check` found out.
-    """
-
-    adapter: BatchAdapter
-    by_sample: bool | None
-
-    def check(self, pl_module: LightningModule, parameters: Mapping[str, Parameter], batch: Any) -> None:
-        """Try it on a training batch, and raise what would fail at the task's end."""
-
-    def estimate(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        parameters: Mapping[str, Parameter],
-        seed: int,
-        sample_ids: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """Return the importances over the current task, or over samples by their identities, as local shards."""
-        ...
-
-    def rehearse(
-        self, pl_module: LightningModule, parameters: Mapping[str, Parameter], batch: Any
-    ) -> dict[str, Tensor]:
-        """Do with a batch of any values, or none, what :meth:`estimate` does, for its memory."""
-        ...
+__all__ = ["MeasuredPenalty"]
 
 
 class MeasuredPenalty(QuadraticPenalty):

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn import Parameter
+from typing_extensions import override
 
-from lightning_cl.callbacks.measuring import is_sharded, mean_over_samples, on_any_rank, single_rows, sum_over_samples
+from lightning_cl.callbacks.measuring import Measurement, is_sharded, on_any_rank, single_rows, sum_over_samples
 from lightning_cl.core.batches import BatchAdapter
 from lightning_cl.core.capture import OutputCapture, run_step, undisturbed
 from lightning_cl.core.distributed import max_over_ranks
 from lightning_cl.core.state import local
-from lightning_cl.core.task_data import task_batches
 from lightning_cl.functional.fisher import IGNORE_INDEX
 from lightning_cl.functional.mas import output_sensitivity
 from lightning_cl.functional.per_sample import LayerTape
@@ -27,7 +27,7 @@ __all__ = ["OutputSensitivity"]
 _COMPARED = 3
 
 
-class OutputSensitivity:
+class OutputSensitivity(Measurement):
     r"""Measures :math:`\Omega = \frac{1}{N} \sum_n |\nabla_\theta \lVert f(x_n) \rVert_2^2|` in evaluation mode.
 
     The output is captured while the user's own step runs. Gradients come from whole batches where the layers allow it,
@@ -40,14 +40,14 @@ class OutputSensitivity:
         outputs: Submodule that returns the output; found by itself if ``None``.
     """
 
-    quantity = "sensitivity of the output"
+    quantity: ClassVar[str] = "sensitivity of the output"
 
     def __init__(self, adapter: BatchAdapter, n_samples: int | None, outputs: str | None) -> None:
         self.adapter = adapter
         self.n_samples = n_samples
         self.outputs = outputs
-        self.by_sample: bool | None = None
 
+    @override
     def check(self, pl_module: LightningModule, parameters: Mapping[str, Parameter], batch: Any) -> None:
         """Try the measurement on a training batch, before the first step, and choose between batches and samples.
 
@@ -76,32 +76,7 @@ class OutputSensitivity:
                 " layer has no rule for per-sample gradients."
             )
 
-    def estimate(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        parameters: Mapping[str, Parameter],
-        seed: int,
-        sample_ids: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """Return the mean over the current task, float32, in the placement of each parameter.
-
-        Of sharded parameters a rank holds its shard of the sums, and one layer in full for as long as it is added.
-
-        Args:
-            trainer: The running Trainer.
-            pl_module: The user's module.
-            parameters: The parameters by name.
-            seed: Seeds the generators that the module's step may draw from.
-            sample_ids: Identities of samples to measure on in the place of the task's.
-
-        Raises:
-            ValueError: If the task holds no sample.
-        """
-        batches = task_batches(trainer, pl_module, self.adapter, self.n_samples, sample_ids)
-        sums, count = self.sums_over(batches, pl_module, parameters, seed)
-        return mean_over_samples(sums, count, self.quantity)
-
+    @override
     def sums_over(
         self,
         batches: Iterable[tuple[Any, Tensor]],
@@ -126,6 +101,7 @@ class OutputSensitivity:
                 count += self._add(tape, pl_module, batch, sums)
         return sum_over_samples(sums, count, pl_module)
 
+    @override
     def rehearse(
         self, pl_module: LightningModule, parameters: Mapping[str, Parameter], batch: Any
     ) -> dict[str, Tensor]:

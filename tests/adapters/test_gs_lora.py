@@ -22,7 +22,7 @@ from lightning_cl.adapters.lora_blocks import lora_blocks
 from lightning_cl.cli.main import main
 from lightning_cl.core.rng import derived_seed
 from ranks import Ranks
-from toys import LoraToy, ToyModule, toy_data, trainer, weights
+from toys import LoraToy, ToyModule, toy_data, trainer, trainer_yaml, weights
 from unlearning_contract import EPOCHS, EPOCHS_OF_REQUEST, FORGOTTEN, LAST, RETAINED, TASKS, _batches, request_stream
 
 LAYERS = ("model.base_model.model.0", "model.base_model.model.3")
@@ -352,13 +352,7 @@ def test_built_by_the_command_line(tmp_path):
     """The class's signature is its YAML."""
     (tmp_path / "run.yaml").write_text(
         f"""
-trainer:
-  accelerator: cpu
-  logger: false
-  enable_checkpointing: false
-  enable_progress_bar: false
-  enable_model_summary: false
-  default_root_dir: {tmp_path}
+{trainer_yaml(tmp_path)}
   callbacks:
     - class_path: lightning_cl.adapters.GSLoRA
       init_args:

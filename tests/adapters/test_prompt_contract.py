@@ -42,7 +42,7 @@ from lightning_cl.cli.main import main
 from lightning_cl.core.rng import derived_seed
 from lightning_cl.core.shards import gathered
 from ranks import Ranks, exit_codes
-from toys import trainer
+from toys import trainer, trainer_yaml
 
 
 def residual_loop(method: Any) -> ResidualLoop:
@@ -221,13 +221,7 @@ def test_built_by_the_command_line(row: PromptRow, tmp_path: Path) -> None:
     source = f"{{class_path: TextFileSource, init_args: {arguments}}}"
     (tmp_path / "run.yaml").write_text(
         f"""
-trainer:
-  accelerator: cpu
-  logger: false
-  enable_checkpointing: false
-  enable_progress_bar: false
-  enable_model_summary: false
-  default_root_dir: {tmp_path}
+{trainer_yaml(tmp_path)}
   callbacks:
     - class_path: {row.method.__name__}
       init_args:

@@ -25,7 +25,7 @@ from lightning_cl.datamodules import ClassIncremental, Joint, Online, Recurring
 from lightning_cl.datamodules.samplers import TaskSampler
 from lightning_cl.metrics import functional
 from ranks import exit_codes
-from toys import ToyModule, fit_stream, toy_data, toy_loaders, toy_stream, trainer
+from toys import ToyModule, fit_stream, toy_data, toy_loaders, toy_stream, trainer, trainer_yaml
 
 TASKS = ([0, 1], [2, 3])
 NAN = float("nan")
@@ -439,13 +439,7 @@ def test_the_config_of_the_command_line_is_recorded(tmp_path: Path) -> None:
 
     (tmp_path / "run.yaml").write_text(
         f"""
-trainer:
-  accelerator: cpu
-  logger: false
-  enable_checkpointing: false
-  enable_progress_bar: false
-  enable_model_summary: false
-  default_root_dir: {tmp_path}
+{trainer_yaml(tmp_path)}
   callbacks:
     - class_path: ContinualMetrics
       init_args: {{directory: {tmp_path}}}

@@ -30,7 +30,7 @@ from lightning_cl.datamodules.samplers import TaskSampler
 from lightning_cl.datamodules.sources import ByteTokenizer
 from lightning_cl.modules import CausalLM
 from ranks import Ranks, exit_codes
-from toys import ToyModule, fit_stream, toy_stream, trainer, weights
+from toys import ToyModule, fit_stream, toy_stream, trainer, trainer_yaml, weights
 
 transformers = pytest.importorskip("transformers")
 
@@ -692,13 +692,7 @@ def test_built_by_the_command_line(tmp_path: Path) -> None:
     source += f"cache_dir: {tmp_path}/cache}}}}"
     (tmp_path / "run.yaml").write_text(
         f"""
-trainer:
-  accelerator: cpu
-  logger: false
-  enable_checkpointing: false
-  enable_progress_bar: false
-  enable_model_summary: false
-  default_root_dir: {tmp_path}
+{trainer_yaml(tmp_path)}
   callbacks:
     - class_path: SelfRehearsal
       init_args:

@@ -134,6 +134,17 @@ def trainer(root: Path | str, callbacks: Sequence[Callback] = (), **settings: An
     return Trainer(callbacks=list(callbacks), **(defaults | settings))
 
 
+def trainer_yaml(root: Path) -> str:
+    """The first lines of a config: the same quiet Trainer, whose further settings are indented by two."""
+    return f"""trainer:
+  accelerator: cpu
+  logger: false
+  enable_checkpointing: false
+  enable_progress_bar: false
+  enable_model_summary: false
+  default_root_dir: {root}"""
+
+
 def weights(module: nn.Module) -> Tensor:
     """All parameters of a module as one vector, gathered; of the toy with LoRA the weights that it computes with."""
     adapted = module.named_modules() if isinstance(module, LoraToy) else ()

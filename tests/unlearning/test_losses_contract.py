@@ -17,7 +17,7 @@ from lightning_cl.cli.main import main
 from lightning_cl.core.card import methods_below
 from lightning_cl.unlearning import ForgetLoss, Unlearn
 from ranks import Ranks
-from toys import ToyModule, trainer, weights
+from toys import ToyModule, trainer, trainer_yaml, weights
 from unlearning_contract import LossRow, TokenToy, all_rows, plain_loop, request_stream
 
 ROWS = all_rows()
@@ -109,13 +109,7 @@ def test_built_by_the_command_line(row: LossRow, tmp_path: Path) -> None:
     network = "unlearning_contract.TokenToy" if row.tokens else "toys.ToyModule"
     (tmp_path / "run.yaml").write_text(
         f"""
-trainer:
-  accelerator: cpu
-  logger: false
-  enable_checkpointing: false
-  enable_progress_bar: false
-  enable_model_summary: false
-  default_root_dir: {tmp_path}
+{trainer_yaml(tmp_path)}
   callbacks:
     - class_path: Unlearn
       init_args:

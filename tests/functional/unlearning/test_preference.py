@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from forget_losses import check_half_precision, check_nothing_supervised, gradient
 from lightning_cl.functional.unlearning import dpo_loss, npo_loss, npo_loss_from_logits, simnpo_loss, token_nll
 
 GENERATOR = torch.Generator().manual_seed(1)
@@ -28,13 +29,6 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "simnpo": partial(simnpo_loss, beta=2.0, delta=0.5),
 }
 every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
-
-
-def gradient(loss: Callable[..., Tensor], *tensors: Tensor, **settings: float) -> Tensor:
-    """The gradient of a loss with respect to the first argument."""
-    first = tensors[0].clone().requires_grad_()
-    loss(first, *tensors[1:], **settings).backward()
-    return first.grad
 
 
 def ascent_on_sums(logits: Tensor, labels: Tensor) -> Tensor:
@@ -155,20 +149,13 @@ def test_splitting_weighs_by_rows(loss: Callable[[Tensor, Tensor], Tensor]) -> N
 @every_loss
 def test_nothing_supervised(loss: Callable[[Tensor, Tensor], Tensor]) -> None:
     """A zero that can be sent backward, from scores that are no numbers too."""
-    for scores in (LOGITS, torch.full_like(LOGITS, torch.nan)):
-        none = torch.full_like(LABELS, -100)
-        assert loss(scores, none) == 0
-        assert (gradient(loss, scores, none) == 0).all()
+    check_nothing_supervised(loss, LOGITS, LABELS)
 
 
 @every_loss
 def test_half_precision(loss: Callable[[Tensor, Tensor], Tensor]) -> None:
     """Computed in float32, inside autocast as well."""
-    for dtype in (torch.bfloat16, torch.float16):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            found = loss(LOGITS.to(dtype), LABELS)
-        assert found.dtype == torch.float32
-        torch.testing.assert_close(found, loss(LOGITS.to(dtype).float(), LABELS))
+    check_half_precision(loss, LOGITS, LABELS)
 
 
 def test_sums_of_any_precision_are_read_in_float32() -> None:
