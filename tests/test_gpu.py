@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import socket
 from collections.abc import Iterator
@@ -17,8 +18,17 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from language import token_stream
-from lightning_cl import EWC, ExperienceReplay, FSDP2Strategy
+from lightning_cl import (
+    EWC,
+    ExperienceReplay,
+    ForgetRequest,
+    FSDP2Strategy,
+    SelectiveSynapticDampening,
+    TaskVectorNegation,
+    Unlearn,
+)
 from lightning_cl.modules import CausalLM
+from lightning_cl.unlearning import PDU, RMU
 from toys import ToyModule, toy_stream, trainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -137,3 +147,39 @@ def test_mixed_precision_and_hybrid_sharding(tmp_path: Path) -> None:
         fit.fit(module, datamodule=toy_stream())
         assert torch.isfinite(full(module)).all()
         assert next(module.parameters()).is_cuda
+
+
+LOSSES: dict[str, Any] = {
+    "npo": {},
+    "simnpo": {},
+    "gradient-ascent": {},
+    "undial": {"retain": "kl"},
+    "max-entropy": {},
+    "random-label": {},
+    "pdu": {"method": PDU(epsilon=0.1)},
+    "rmu": {"method": RMU("model.0", coefficient=2.0), "retain": "own"},
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_requests_end_where_they_end_on_the_cpu(name: str, tmp_path: Path) -> None:
+    """Identities, labels drawn by them, control vectors and cached scores meet scores on the device."""
+
+    def serve(place: str, **settings: Any) -> Tensor:
+        unlearn = Unlearn(**{"method": name, **copy.deepcopy(LOSSES[name])})
+        stream = toy_stream(requests=[ForgetRequest("class 0", classes=[0], after=1)], epochs_per_request=2)
+        module = ToyModule()
+        trainer(tmp_path / place, [unlearn], **settings).fit(module, datamodule=stream)
+        assert len(unlearn.ledger) == 1
+        return full(module)
+
+    torch.testing.assert_close(serve("gpu", **ON_GPU), serve("cpu"), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", [SelectiveSynapticDampening, TaskVectorNegation])
+def test_edits_on_a_gpu(method: Any, tmp_path: Path) -> None:
+    """Importances and differences of weights are made where the weights are."""
+    stream = toy_stream(requests=[ForgetRequest("class 0", classes=[0], after=1)])
+    edit = method(alpha=1.5)
+    trainer(tmp_path, [edit], **ON_GPU).fit(ToyModule(), datamodule=stream)
+    assert len(edit.ledger) == 1
