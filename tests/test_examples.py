@@ -97,6 +97,26 @@ def test_online_fits() -> None:
     assert len(record["within"]["step"]) > len(record["matrix"]) == 5
 
 
+def test_learns_forgets_and_forgets_more() -> None:
+    """By the two commands of the README, fewer epochs apart."""
+    run, request, folder = CLI / "unlearn.yaml", CLI / "request.yaml", Path("runs/unlearn")
+    main(["fit", "--config", str(run), "--data.epochs_per_task=2", *QUIET])
+    short = run.read_text("utf-8").replace("epochs_per_task: 10", "epochs_per_task: 2")
+    Path("run.yaml").write_text(short.replace("max_epochs: -1", "enable_progress_bar: false"))
+    arguments = [
+        "--request",
+        str(request),
+        "--checkpoint",
+        str(folder / "last.ckpt"),
+        "--output",
+        str(folder / "model"),
+    ]
+    main(["unlearn", "run.yaml", *arguments])
+    lines = (folder / "model" / "requests.jsonl").read_text("utf-8").splitlines()
+    assert [json.loads(line)["name"] for line in lines] == ["zeros", "customer 17"]
+    assert (folder / "model" / "request_2_customer-17.html").is_file()
+
+
 @pytest.mark.parametrize("name", ["text.yaml", "text_transformer.yaml"])
 def test_text_example_is_a_stream_of_any_labelled_texts(name: str, tmp_path: Path) -> None:
     """The config fits a file in the form of CLINC150, with the path in the one place where it stands."""
