@@ -12,6 +12,7 @@ import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.distributed.tensor import debug
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -33,6 +34,9 @@ def fake_ranks(world_size: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+        # torch keeps the layout of what operations returned, and with it a mesh on which this process is rank 0: a real
+        # rank that is forked from it later would write that rank's shards
+        debug._clear_sharding_prop_cache()
 
 
 def build_module(trainer: Trainer, module: LightningModule) -> None:

@@ -83,7 +83,7 @@ class Unlearn(RequestCallback):
     card: ClassVar[MethodCard] = MethodCard(
         name="unlearn",
         family="unlearning",
-        paper="a forget loss, by name",
+        paper="Maini et al. 2024, arXiv:2401.06121; the method is a forget loss",
         needs="a stream with requests; class scores; automatic optimization",
         state="the ledger; at most a copy of the trainable parameters",
     )

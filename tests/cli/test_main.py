@@ -15,8 +15,10 @@ from lightning_cl.cli.compare import _config_of, _Run, _variants
 from lightning_cl.cli.lightning import run
 from lightning_cl.cli.main import _values, main
 from lightning_cl.cli.methods import method_classes
+from lightning_cl.core.card import methods_below
 from lightning_cl.optim import SPAM
 from lightning_cl.strategies.checkpoint import is_complete
+from lightning_cl.unlearning import ForgetLoss
 
 DEMO = Path(__file__).parents[2] / "examples" / "cli" / "demo.yaml"
 QUICK = [
@@ -142,7 +144,8 @@ def test_methods_lists_every_method_with_its_paper(capsys: pytest.CaptureFixture
     main(["methods"])
     head, *rows = capsys.readouterr().out.splitlines()
     assert head.split() == ["name", "class", "family", "paper", "needs", "state", "strategies"]
-    assert [row.split()[0] for row in rows] == list(method_classes())
+    losses = methods_below(ForgetLoss)
+    assert [row.split()[0] for row in rows] == [*method_classes(), *losses]
     assert all("arXiv:" in row for row in rows)
 
 
