@@ -16,7 +16,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_cl.core.callback import ContinualCallback
+from lightning_cl.core.callback import ContinualCallback, continual_callbacks
 from lightning_cl.core.checks import check_choice
 from lightning_cl.core.evaluation import check_metrics_apart, run_validation
 from lightning_cl.core.events import TaskEvents
@@ -191,7 +191,7 @@ class ContinualMetrics(ContinualCallback):
 
     def record(self, trainer: Trainer) -> RunRecord:
         """Return all that a report needs of this run."""
-        methods = [c for c in _continual(trainer) if c.boundaries != "evaluation"]
+        methods = [c for c in continual_callbacks(trainer) if c.boundaries != "evaluation"]
         return RunRecord(
             method=self.name or "+".join(type(c).__name__ for c in methods) or "finetune",
             seed=getattr(trainer.datamodule, "seed", None),  # type: ignore[attr-defined]
@@ -214,7 +214,9 @@ class ContinualMetrics(ContinualCallback):
             samples=[self._samples.get(row, {}) for row in range(len(self.matrix))]
             if any(self._samples.values())
             else [],
-            traces=[trace for c in _continual(trainer) if isinstance(c, RecordsTraces) for trace in c.traces()],
+            traces=[
+                trace for c in continual_callbacks(trainer) if isinstance(c, RecordsTraces) for trace in c.traces()
+            ],
         )
 
     def _read(self, trainer: Trainer, name: str) -> list[float]:
@@ -287,10 +289,6 @@ def _stack(rows: list[list[float]], width: int = 0) -> Tensor:
     """Return rows of at least ``width`` scores, NaN where a row has none."""
     width = max([width, *(len(row) for row in rows)])
     return torch.tensor([[*row, *[float("nan")] * (width - len(row))] for row in rows], dtype=torch.float64)
-
-
-def _continual(trainer: Trainer) -> list[ContinualCallback]:
-    return [c for c in trainer.callbacks if isinstance(c, ContinualCallback)]  # type: ignore[attr-defined]
 
 
 def _config(trainer: Trainer) -> str:

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from lightning_cl.cli.fakes import AllDistinct, build_module, faked, give_fakes, values_of_masks
-from lightning_cl.core.callback import ContinualCallback
+from lightning_cl.core.callback import ContinualCallback, continual_callbacks
 from lightning_cl.core.capture import forward_loss, silenced
 from lightning_cl.core.footprint import Footprint
 from lightning_cl.core.live_bytes import LiveBytes
@@ -73,7 +73,7 @@ def simulate(trainer: Trainer, module: LightningModule, read_batch: Callable[[],
     strategy.setup_environment()
     batch = read_batch()
     build_module(trainer, module)
-    for callback in _continual(trainer):
+    for callback in continual_callbacks(trainer):
         callback.prepare_module(trainer, module, "fit")
     if is_sharded(module):
         raise ValueError(f"{type(module).__name__} shards itself, which `lightning-cl plan` cannot follow.")
@@ -220,17 +220,12 @@ def _bytes(tensors: Iterable[Any]) -> int:
 def _footprints(trainer: Trainer, module: LightningModule, batch: Any) -> dict[str, Footprint | None]:
     """Return what each method says of itself, ``None`` if it says nothing."""
     found: dict[str, Footprint | None] = {}
-    for callback in _continual(trainer):
+    for callback in continual_callbacks(trainer):
         declares = type(callback).footprint is not ContinualCallback.footprint
         if declares or getattr(type(callback), "card", None) is not None:
             name = _free_name(type(callback).__name__, found)
             found[name] = callback.footprint(trainer, module, batch) if declares else None
     return found
-
-
-def _continual(trainer: Trainer) -> list[ContinualCallback]:
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    return [callback for callback in callbacks if isinstance(callback, ContinualCallback)]
 
 
 def _free_name(name: str, taken: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ from lightning_cl.core.requests import Influence
 from lightning_cl.core.task import Task
 from lightning_cl.core.update import OptimizerStep
 
-__all__ = ["ContinualCallback"]
+__all__ = ["ContinualCallback", "continual_callbacks"]
 
 # of Lightning's own hooks, those of a training step
 _STEP_HOOKS = (
@@ -188,6 +188,12 @@ class ContinualCallback(Callback):
     def footprint(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Footprint:
         """Return what the callback will take on a rank, from sharded parameters and a batch without values."""
         return Footprint()
+
+
+def continual_callbacks(trainer: Trainer) -> list[ContinualCallback]:
+    """Return those of a Trainer's callbacks that hear of tasks, in its order."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, ContinualCallback)]
 
 
 def _unless_resting(hook: Callable[..., Any]) -> Callable[..., Any]:

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_cl.core.callback import ContinualCallback
+from lightning_cl.core.callback import ContinualCallback, continual_callbacks
 from lightning_cl.core.checks import check_launcher, check_replicas, refuse_checkpoint
 from lightning_cl.core.configure import leave_configure_model
 from lightning_cl.core.distributed import rank
@@ -87,7 +87,7 @@ class TaskEvents(Callback):
         if stage != "fit":
             return
         if self._hidden:
-            for callback in _continual(trainer):
+            for callback in continual_callbacks(trainer):
                 if callback.boundaries == "required":
                     raise ValueError(
                         f"`{type(callback).__name__}` needs to know where a task ends, but the stream's scenario hides"
@@ -96,7 +96,7 @@ class TaskEvents(Callback):
                     )
         if self._stream is not None:
             adjust_monitors(trainer, self._stream.task_of_epoch(0).num_tasks or 1)
-        StepPipeline.attach(trainer, pl_module, _continual(trainer))
+        StepPipeline.attach(trainer, pl_module, continual_callbacks(trainer))
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -115,11 +115,11 @@ class TaskEvents(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._trained = True
-        self._updates = UpdatePipeline(trainer, pl_module, _continual(trainer))
+        self._updates = UpdatePipeline(trainer, pl_module, continual_callbacks(trainer))
         if trainer.ckpt_path and not self._restored:
-            refuse_checkpoint(trainer, [c for c in _continual(trainer) if c.needs_state])
+            refuse_checkpoint(trainer, [c for c in continual_callbacks(trainer) if c.needs_state])
         if not self._restored:
-            for callback in _continual(trainer):
+            for callback in continual_callbacks(trainer):
                 self.completed_tasks = max(self.completed_tasks, callback.completed_tasks)
         if self._rng is not None:
             set_rng_state(self._rng)
@@ -179,7 +179,7 @@ class TaskEvents(Callback):
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # what skips the rest of an epoch, in a module or in a callback of a request, skips its last batch too
-        ended = trainer.is_last_batch or any(c.skips_steps and not c.resting for c in _continual(trainer))
+        ended = trainer.is_last_batch or any(c.skips_steps and not c.resting for c in continual_callbacks(trainer))
         if ended and self.running and self._stream is not None and self._stream.ends_task(trainer.current_epoch):
             self._close_task(trainer, pl_module)
         if self._stream is not None and ended:
@@ -219,7 +219,7 @@ class TaskEvents(Callback):
 
     @staticmethod
     def _rest(trainer: Trainer, task: Task) -> None:
-        for callback in _continual(trainer):
+        for callback in continual_callbacks(trainer):
             callback.resting = task.kind not in callback.acts_on
 
     def _close_task(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -230,7 +230,7 @@ class TaskEvents(Callback):
             # an edit of the weights without a step
             self._evaluated_at = -1
         self.completed_tasks += 1
-        for callback in _continual(trainer):
+        for callback in continual_callbacks(trainer):
             callback.completed_tasks = self.completed_tasks
 
     def _make_up(self, trainer: Trainer, pl_module: LightningModule, stream: TaskStream) -> None:
@@ -263,7 +263,7 @@ class TaskEvents(Callback):
 
     def _plain_task(self, trainer: Trainer) -> Task:
         index = self.completed_tasks
-        forgets = any(callback.acts_on == ("forget",) for callback in _continual(trainer))
+        forgets = any(callback.acts_on == ("forget",) for callback in continual_callbacks(trainer))
         return Task(index=index, name=f"fit {index + 1}", kind="forget" if forgets else "learn")
 
     def _tell(self, hook: str, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
@@ -272,7 +272,7 @@ class TaskEvents(Callback):
             # before the callbacks, some of which run the module on the data of the task
             for layer in task_layers(pl_module):
                 layer.start_task(trainer, task)
-        for callback in _continual(trainer):
+        for callback in continual_callbacks(trainer):
             # a request is no boundary between tasks to learn
             told = callback.boundaries == "evaluation" or not hidden or task.kind == "forget"
             if told and not callback.resting and callback.state_key not in self._heard_end:
@@ -368,17 +368,19 @@ class TaskEvents(Callback):
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint.get("callbacks", {})
-        missing = [c for c in _continual(trainer) if c.needs_state and c.state_key not in saved]
+        missing = [c for c in continual_callbacks(trainer) if c.needs_state and c.state_key not in saved]
         if missing or (_CHECKPOINT_KEY not in checkpoint and trainer.state.fn == "fit"):
             refuse_checkpoint(trainer, missing)
         self._restored = True
         if trainer.state.fn != "fit":
             return
-        saved.update({c.state_key: Uncopied(saved[c.state_key]) for c in _continual(trainer) if c.state_key in saved})
+        saved.update(
+            {c.state_key: Uncopied(saved[c.state_key]) for c in continual_callbacks(trainer) if c.state_key in saved}
+        )
         state = checkpoint[_CHECKPOINT_KEY]
         self.running, self.completed_tasks = state["running"], state["completed_tasks"]
         self._heard_end, self._evaluated_at = state["heard_end"], state["evaluated_at"]
-        for callback in _continual(trainer):
+        for callback in continual_callbacks(trainer):
             callback.completed_tasks = self.completed_tasks
         if state["task"] is not None:
             self.task = Task(index=state["task"], name=f"fit {state['task'] + 1}", kind=state["kind"])
@@ -388,8 +390,3 @@ class TaskEvents(Callback):
             # a rank that the saved run did not have gets generators of its own, the same ones at every resume
             with isolated_rng(derived_seed("rank", rank(), int(ranks[0]["torch"].sum()))):
                 self._rng = rng_state()
-
-
-def _continual(trainer: Trainer) -> list[ContinualCallback]:
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return [callback for callback in callbacks if isinstance(callback, ContinualCallback)]

@@ -17,17 +17,20 @@ from lightning_cl.core.step import loss_of
 from lightning_cl.core.targets import predicts_next
 from lightning_cl.unlearning.forget_loss import Outputs
 
-__all__ = ["OutputReader", "alternate_of", "ids_of_step"]
+__all__ = ["OutputReader", "ids_of_step", "split_alternate"]
 
 _ALTERNATE = "alternate_"
 
 
-def alternate_of(batch: Any) -> dict[str, Any] | None:
-    """Return the batch of preferred answers in ``alternate_...`` entries of a mapping, ``None`` if it has none."""
+def split_alternate(batch: Any) -> tuple[Any, dict[str, Any] | None]:
+    """Return a batch without the ``alternate_...`` entries of a mapping, and the batch of preferred answers in them."""
     if not isinstance(batch, Mapping):
-        return None
-    found = {key.removeprefix(_ALTERNATE): value for key, value in batch.items() if str(key).startswith(_ALTERNATE)}
-    return found or None
+        return batch, None
+    found = {key: value for key, value in batch.items() if str(key).startswith(_ALTERNATE)}
+    if not found:
+        return batch, None
+    rest = {key: value for key, value in batch.items() if key not in found}
+    return rest, {key.removeprefix(_ALTERNATE): value for key, value in found.items()}
 
 
 def ids_of_step(trainer: Trainer, batch_idx: int) -> Tensor | None:

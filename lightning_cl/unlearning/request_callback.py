@@ -16,7 +16,7 @@ from torch import Tensor
 from typing_extensions import TypedDict, Unpack, override
 
 from lightning_cl.core.batches import BatchAdapter
-from lightning_cl.core.callback import ContinualCallback
+from lightning_cl.core.callback import ContinualCallback, continual_callbacks
 from lightning_cl.core.checks import check_positive
 from lightning_cl.core.events import TaskEvents
 from lightning_cl.core.requests import Influence, RequestStream
@@ -200,7 +200,7 @@ class RequestCallback(ContinualCallback):
         asked = 0 if stream is None else stream.requested(task)
         self._open = {"name": name, "asked": asked, "ids": ids, "started": _now(), "step": trainer.global_step}
         self._open["influences"] = []
-        for callback in _continual(trainer):
+        for callback in continual_callbacks(trainer):
             self._open["influences"] += [_entry(i) for i in callback.forget_samples(trainer, pl_module, ids)]
         self._open["before"] = self.measure(trainer, pl_module, task)
         self._reset_optimizers(trainer)
@@ -214,7 +214,7 @@ class RequestCallback(ContinualCallback):
             reshard(pl_module)
             # the moments of an ascent must not move what is learned next
             self._reset_optimizers(trainer)
-            for callback in _continual(trainer):
+            for callback in continual_callbacks(trainer):
                 self._open["influences"] += [_entry(i) for i in callback.renew_state(trainer, pl_module, task)]
             self._record(trainer, pl_module, self.measure(trainer, pl_module, task))
         self._open, self.skips_steps = None, False
@@ -322,10 +322,6 @@ class RequestCallback(ContinualCallback):
 def _stream(trainer: Trainer) -> RequestStream | None:
     datamodule = trainer.datamodule  # type: ignore[attr-defined]
     return datamodule if isinstance(datamodule, RequestStream) else None
-
-
-def _continual(trainer: Trainer) -> list[ContinualCallback]:
-    return [c for c in trainer.callbacks if isinstance(c, ContinualCallback)]  # type: ignore[attr-defined]
 
 
 def _entry(influence: Influence) -> dict[str, Any]:

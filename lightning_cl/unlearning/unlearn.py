@@ -28,7 +28,7 @@ from lightning_cl.core.update import OptimizerStep
 from lightning_cl.functional.unlearning import RetainPositions, kl_retain
 from lightning_cl.unlearning.forget_loss import ForgetLoss, Outputs
 from lightning_cl.unlearning.frozen_statistics import FrozenStatistics
-from lightning_cl.unlearning.reading import alternate_of, ids_of_step
+from lightning_cl.unlearning.reading import ids_of_step, split_alternate
 from lightning_cl.unlearning.reference import Anchor, Reference, ReferencePolicy, choose_policy
 from lightning_cl.unlearning.request_callback import RequestCallback, RequestSettings
 from lightning_cl.unlearning.utility import UtilityFloor
@@ -236,9 +236,7 @@ class Unlearn(RequestCallback):
                 f"`{type(self).__name__}(retain={self.retain!r})` needs batches of the form {{'forget': batch,"
                 " 'retain': batch}; give loaders of both, use `UnlearningDataModule`, or set `retain=None`."
             )
-        self._alternate = alternate_of(forget)
-        if self._alternate is not None:
-            forget = {key: value for key, value in forget.items() if not str(key).startswith("alternate_")}
+        forget, self._alternate = split_alternate(forget)
         return forget
 
     @contextmanager
