@@ -26,6 +26,7 @@ from lightning_cl.callbacks.renewal import measured_again
 from lightning_cl.core.batches import BatchAdapter
 from lightning_cl.core.card import MethodCard
 from lightning_cl.core.checks import check_count
+from lightning_cl.core.events import TaskEvents
 from lightning_cl.core.footprint import Footprint
 from lightning_cl.core.requests import Influence
 from lightning_cl.core.shared_work import share_out
@@ -128,7 +129,7 @@ class InfLoRA(AdapterSlots):
     def on_task_start(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
         super().on_task_start(trainer, pl_module, task)
         # also what would be missed at the task's end
-        self._threshold(task)
+        self._threshold(trainer, task, self.completed_tasks)
         covariances = input_covariances(trainer, pl_module, self.slots, self.adapter, self.n_samples)
 
         def directions(names: list[str], covariance: Tensor) -> Tensor:
@@ -140,7 +141,7 @@ class InfLoRA(AdapterSlots):
 
     @override
     def on_task_end(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
-        self._remember(trainer, pl_module, self._threshold(task))
+        self._remember(trainer, pl_module, self._threshold(trainer, task, self.completed_tasks))
         super().on_task_end(trainer, pl_module, task)
 
     @override
@@ -148,7 +149,8 @@ class InfLoRA(AdapterSlots):
         found = super().renew_state(trainer, pl_module, task)
         if not self.memory:
             return found
-        measure = partial(self._remember, trainer, pl_module, self._threshold(task))
+        threshold = self._threshold(trainer, task, self.completed_tasks - 1)
+        measure = partial(self._remember, trainer, pl_module, threshold)
         return [*found, measured_again(trainer, task, self, "the subspaces of inputs", self.memory.clear, measure)]
 
     def _remember(
@@ -168,8 +170,10 @@ class InfLoRA(AdapterSlots):
             self.memory |= dict.fromkeys(members[first], self._on_device(subspace, pl_module.device))
         self._report()
 
-    def _threshold(self, task: Task) -> float:
-        n_tasks = task.num_tasks or self.n_tasks
+    def _threshold(self, trainer: Trainer, task: Task, learned: int) -> float:
+        """Return the threshold of the task before which so many were learned; requests are none of them."""
+        coming = TaskEvents.attach(trainer).tasks_to_end(self)
+        n_tasks = (task.num_tasks if coming is None else self.completed_tasks + coming) or self.n_tasks
         if self.threshold == self.final_threshold:
             return self.threshold
         if n_tasks is None:
@@ -177,7 +181,7 @@ class InfLoRA(AdapterSlots):
                 f"`InfLoRA` raises its threshold from {self.threshold} to {self.final_threshold} over the tasks, and"
                 " the data does not tell how many there are: give `n_tasks`, or the same `final_threshold`."
             )
-        return memory_threshold(self.threshold, self.final_threshold, task.index, n_tasks)
+        return memory_threshold(self.threshold, self.final_threshold, learned, n_tasks)
 
     def _basis(self, name: str, covariance: Tensor) -> Tensor:
         """Return M of a layer, ``[d, k]``."""

@@ -11,7 +11,6 @@ from lightning_cl.callbacks.memory_settings import KeepingSettings
 from lightning_cl.callbacks.replay import ExperienceReplay
 from lightning_cl.core.card import MethodCard
 from lightning_cl.core.checks import check_positive
-from lightning_cl.core.events import TaskEvents
 from lightning_cl.core.task import Task
 from lightning_cl.memory import Drawn, Policy
 
@@ -67,7 +66,7 @@ class StaticConPET(ExperienceReplay):
 
     @override
     def samples(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Drawn | None:
-        earlier = TaskEvents.attach(trainer).completed_tasks
+        earlier = self.completed_tasks
         size = max(1, round(self.adapter.size(self._incoming) / self.new_old_ratio))
         # none of the running task, which the batches show
         return self.draw(trainer, size, tasks=range(earlier)) if earlier else None
@@ -75,4 +74,4 @@ class StaticConPET(ExperienceReplay):
     @override
     def number_of_task(self, trainer: Trainer, task: Task) -> int:
         # over all fits: a second stream counts its tasks from 0 again
-        return TaskEvents.attach(trainer).completed_tasks
+        return self.completed_tasks

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial, wraps
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -58,7 +59,7 @@ class ContinualCallback(Callback):
         compares_weights: Whether it holds weights against those of earlier tasks, or averages over them; it means
             nothing for adapters that start anew with every task.
         skips_steps: Whether the steps of the present task that are left shall not be made; the same on all ranks.
-        completed_tasks: Tasks that ended so far, over all fits.
+        ended_tasks: How many tasks of each kind ended so far, over all fits.
     """
 
     acts_on: ClassVar[tuple[Literal["learn", "forget"], ...]] = ("learn",)
@@ -66,7 +67,7 @@ class ContinualCallback(Callback):
     needs_state: ClassVar[bool] = True
     takes_own_loss: bool = False
     compares_weights: bool = False
-    completed_tasks: int = 0
+    ended_tasks: Mapping[str, int] = MappingProxyType({})
     resting: bool = False
     skips_steps: bool = False
 
@@ -75,6 +76,11 @@ class ContinualCallback(Callback):
         for name in _STEP_HOOKS:
             if name in cls.__dict__:
                 setattr(cls, name, _unless_resting(cls.__dict__[name]))
+
+    @property
+    def completed_tasks(self) -> int:
+        """Tasks of the kinds it acts in that ended so far, over all fits: a method that learns counts no request."""
+        return sum(self.ended_tasks.get(kind, 0) for kind in self.acts_on)
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

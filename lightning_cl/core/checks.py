@@ -20,6 +20,7 @@ __all__ = [
     "check_patterns",
     "check_positive",
     "check_replicas",
+    "check_version",
     "match_parameters",
     "refuse_checkpoint",
     "select_parameters",
@@ -141,6 +142,20 @@ def select_parameters(
             f"No trainable parameter of {type(pl_module).__name__} is left by `include={include}`, `exclude={exclude}`."
         )
     return selected
+
+
+def check_version(trainer: Trainer, version: int, wanted: int) -> None:
+    """Refuse a checkpoint whose task events another version of the library wrote.
+
+    Raises:
+        ValueError: If it is not the wanted version.
+    """
+    if version != wanted:
+        raise ValueError(
+            f"`ckpt_path={str(trainer.ckpt_path)!r}` was written by another version of lightning_cl: its task events"
+            f" are of version {version}, not {wanted}. End the run with the version that began it, or load its weights"
+            " with `load_from_checkpoint` and fit without `ckpt_path`."
+        )
 
 
 def refuse_checkpoint(trainer: Trainer, callbacks: Sequence[object]) -> NoReturn:

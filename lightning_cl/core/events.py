@@ -7,6 +7,8 @@ checkpoints) by the first one that needs it.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -16,7 +18,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_cl.core.callback import ContinualCallback, continual_callbacks
-from lightning_cl.core.checks import check_launcher, check_replicas, refuse_checkpoint
+from lightning_cl.core.checks import check_launcher, check_replicas, check_version, refuse_checkpoint
 from lightning_cl.core.configure import leave_configure_model
 from lightning_cl.core.distributed import rank
 from lightning_cl.core.evaluation import (
@@ -40,7 +42,7 @@ from lightning_cl.core.update import UpdatePipeline
 
 __all__ = ["TaskEvents"]
 
-_CHECKPOINT_KEY = "lightning_cl"
+_CHECKPOINT_KEY, _VERSION = "lightning_cl", 2
 
 
 class TaskEvents(Callback):
@@ -49,7 +51,7 @@ class TaskEvents(Callback):
     def __init__(self) -> None:
         self.task: Task | None = None
         self.running = False
-        self.completed_tasks = 0
+        self._ended: Counter[str] = Counter()
         self._rng: dict[str, Any] | None = None
         self._restored = False
         self._trained = False
@@ -120,7 +122,7 @@ class TaskEvents(Callback):
             refuse_checkpoint(trainer, [c for c in continual_callbacks(trainer) if c.needs_state])
         if not self._restored:
             for callback in continual_callbacks(trainer):
-                self.completed_tasks = max(self.completed_tasks, callback.completed_tasks)
+                self._ended |= Counter(callback.ended_tasks)
         if self._rng is not None:
             set_rng_state(self._rng)
             if self._stream is None:
@@ -229,9 +231,12 @@ class TaskEvents(Callback):
         if self.task.kind == "forget":
             # an edit of the weights without a step
             self._evaluated_at = -1
-        self.completed_tasks += 1
+        self._count_ended(trainer, self._ended + Counter([self.task.kind]))
+
+    def _count_ended(self, trainer: Trainer, ended: Mapping[str, int]) -> None:
+        self._ended = Counter(ended)
         for callback in continual_callbacks(trainer):
-            callback.completed_tasks = self.completed_tasks
+            callback.ended_tasks = dict(ended)
 
     def _make_up(self, trainer: Trainer, pl_module: LightningModule, stream: TaskStream) -> None:
         """Do what the saved run had still to do for the epoch that its checkpoint was written in."""
@@ -256,6 +261,11 @@ class TaskEvents(Callback):
         """Run the evaluation that belongs to ``epoch`` if Lightning has not."""
         if stream.evaluates_after(epoch) and self._evaluated_at != trainer.global_step and trainer.enable_validation:
             run_validation(trainer, self.task)
+
+    @property
+    def completed_tasks(self) -> int:
+        """Tasks and requests that ended so far, over all fits."""
+        return sum(self._ended.values())
 
     @property
     def _hidden(self) -> bool:
@@ -352,13 +362,13 @@ class TaskEvents(Callback):
         # a task whose start is not told to the end has not started
         task, running = (*self._starting_after, False) if self._starting_after else (self.task, self.running)
         checkpoint[_CHECKPOINT_KEY] = {
-            "version": 1,
+            "version": _VERSION,
             "task": None if task is None else task.index,
             "kind": "learn" if task is None else task.kind,
             "running": running,
             "heard_end": list(self._heard_end),
             "evaluated_at": self._evaluated_at,
-            "completed_tasks": self.completed_tasks,
+            "ended_tasks": dict(self._ended),
             "rng": PerRank(rng_state()),
         }
         if not getattr(trainer.strategy, "saves_shards", False):
@@ -367,21 +377,19 @@ class TaskEvents(Callback):
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        saved = checkpoint.get("callbacks", {})
-        missing = [c for c in continual_callbacks(trainer) if c.needs_state and c.state_key not in saved]
+        saved, callbacks = checkpoint.get("callbacks", {}), continual_callbacks(trainer)
+        missing = [c for c in callbacks if c.needs_state and c.state_key not in saved]
         if missing or (_CHECKPOINT_KEY not in checkpoint and trainer.state.fn == "fit"):
             refuse_checkpoint(trainer, missing)
         self._restored = True
         if trainer.state.fn != "fit":
             return
-        saved.update(
-            {c.state_key: Uncopied(saved[c.state_key]) for c in continual_callbacks(trainer) if c.state_key in saved}
-        )
+        saved.update({c.state_key: Uncopied(saved[c.state_key]) for c in callbacks if c.state_key in saved})
         state = checkpoint[_CHECKPOINT_KEY]
-        self.running, self.completed_tasks = state["running"], state["completed_tasks"]
+        check_version(trainer, state["version"], _VERSION)
+        self.running = state["running"]
         self._heard_end, self._evaluated_at = state["heard_end"], state["evaluated_at"]
-        for callback in continual_callbacks(trainer):
-            callback.completed_tasks = self.completed_tasks
+        self._count_ended(trainer, state["ended_tasks"])
         if state["task"] is not None:
             self.task = Task(index=state["task"], name=f"fit {state['task'] + 1}", kind=state["kind"])
         ranks = of_all_ranks(state["rng"])

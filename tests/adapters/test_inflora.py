@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from forgetting import Serves, forgetting_stream
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -117,6 +118,20 @@ def test_the_threshold_follows_the_stream(tmp_path):
     held = {final: float((x @ basis).square().sum() / x.square().sum()) for final, basis in memory.items()}
     assert 0.75 < held[0.75] < 0.875 < held[1.0]
     assert memory[1.0].shape[1] == memory[0.75].shape[1] + 1
+
+
+def test_a_request_is_no_step_of_the_schedule(tmp_path):
+    """Of four tasks to learn the third has half the rise, though a request was served before it and renewed all."""
+    seen = []
+
+    class Notes(InfLoRA):
+        def _remember(self, trainer, pl_module, threshold, sample_ids=None):
+            seen.append(threshold)
+            super()._remember(trainer, pl_module, threshold, sample_ids)
+
+    method = Notes(threshold=0.5, final_threshold=0.9, capacity=8)
+    fit_stream(tmp_path, [method, Serves()], module=LoraToy(), stream=forgetting_stream())
+    assert seen == pytest.approx([0.5, 0.6, 0.6, 0.7, 0.8])
 
 
 @fills

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from forgetting import Serves, forgetting_stream
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
@@ -281,6 +282,19 @@ def test_threshold_rises_with_every_task(tmp_path: Path) -> None:
     energy = torch.linalg.svdvals(x).square()
     share = energy.cumsum(0) / energy.sum()
     assert ranks == [int((share < 0.5).sum()) + 1, int((share < 0.75).sum()) + 1, 4, 4]
+
+
+def test_a_request_does_not_raise_the_threshold(tmp_path: Path) -> None:
+    """Three tasks are measured one step apart with a request between them, after which the second is measured again."""
+    seen = []
+
+    class Notes(GradientProjection):
+        def _extend(self, trainer: Any, pl_module: Any, number: int, sample_ids: Tensor | None = None) -> None:
+            seen.append((number, sample_ids is not None))
+            super()._extend(trainer, pl_module, number, sample_ids)
+
+    fit_stream(tmp_path, [Notes(threshold=0.5), Serves()], stream=forgetting_stream())
+    assert seen == [(0, False), (1, False), (1, True), (2, False), (3, False)]
 
 
 class Interrupting(ContinualCallback):

@@ -414,7 +414,7 @@ def test_a_loss_of_an_aborted_fit_belongs_to_its_task(tmp_path: Path) -> None:
     with pytest.raises(KeyError, match="aborted"):
         fit_adam(tmp_path, SpoilBatches(8), monitor, Abort())
     assert monitor.events == []
-    monitor.completed_tasks = 3
+    monitor.ended_tasks = {"learn": 3}
     fit_adam(tmp_path, monitor)
     assert [(event["step"], event["task"]) for event in monitor.events] == [(8, 0)]
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from forgetting import Serves, forgetting_stream
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor
@@ -78,6 +79,14 @@ def test_events_of_a_stream(tmp_path: Path) -> None:
     assert diary.completed_tasks == 2
     assert [task.classes for task in diary.tasks] == [(0, 1), (2, 3)]
     assert [task.num_tasks for task in diary.tasks] == [2, 2]
+
+
+def test_a_method_counts_the_tasks_of_its_kinds(tmp_path: Path) -> None:
+    """One that learns counts no request, one of requests nothing else, one that watches both."""
+    diary, ewc, serves = Diary(), EWC(1.0), Serves()
+    diary_of_all = type("All", (Diary,), {"acts_on": ("learn", "forget")})()
+    fit_stream(tmp_path, [diary, ewc, serves, diary_of_all], stream=forgetting_stream())
+    assert [c.completed_tasks for c in (diary, ewc, serves, diary_of_all)] == [4, 4, 1, 5]
 
 
 def test_uneven_tasks(tmp_path: Path) -> None:
@@ -465,6 +474,17 @@ def test_hidden_boundaries_are_told_to_measurements_only(tmp_path: Path) -> None
     assert module.told == []
     assert module.training_tasks == [None] * 6
     assert {task for _, _, task in module.evaluation_tasks} == {None}
+
+
+def test_a_checkpoint_of_another_version_is_refused(tmp_path: Path) -> None:
+    """With what to do instead."""
+    saver = ModelCheckpoint(tmp_path, save_last=True)
+    fit_stream(tmp_path, [saver])
+    checkpoint = torch.load(saver.last_model_path, weights_only=False)
+    checkpoint["lightning_cl"]["version"] = 1
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    with pytest.raises(ValueError, match=r"version 1, not 2. End the run with the version that began it"):
+        fit_stream(tmp_path, [saver], ckpt_path=tmp_path / "old.ckpt")
 
 
 def test_methods_that_need_boundaries_are_refused(tmp_path: Path) -> None:

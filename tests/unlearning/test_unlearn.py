@@ -204,7 +204,7 @@ def test_the_floor_ends_a_request(tmp_path: Path) -> None:
     assert record.stopped is not None
     assert record.stopped.endswith(f"below 0.9 of {record.before['retain/probability']:.3g}")
     assert 0 < record.steps < free.ledger.records[0].steps
-    assert floored.completed_tasks == 3
+    assert floored.ended_tasks == {"learn": 2, "forget": 1}
 
 
 def saver(directory: Path) -> ModelCheckpoint:
