@@ -1,8 +1,8 @@
 """What unlearning costs beside the passes it must make: ``python benchmarks/unlearning_cost.py``.
 
 A step of each method is compared with a plain module that makes the same forwards and backwards: on the batch to
-forget, on the retained one, and the forwards without a graph of the reference. Both take turns, and the ratio is the
-median over the turns, with its quartiles. The bytes of all live tensors inside a step show what a reference model takes.
+forget, on the retained one, and the forwards without a graph of the reference. Both take turns; the ratio is the median
+over turns, with its quartiles. The bytes of all live tensors inside a step show what a reference model takes.
 """
 
 from __future__ import annotations
@@ -196,9 +196,7 @@ def main() -> None:
     options = parser.parse_args()
     be_quiet()
     rows = []
-    print(
-        f"{'method':<20} {'step, ms':>9} {'ratio':>6}  {'quartiles':<13} bytes of live tensors beside the plain module's"
-    )
+    print(f"{'method':<20} {'step, ms':>9} {'ratio':>6}  {'quartiles':<13} bytes of tensors beside the plain module's")
     for name, case in CASES.items():
         if options.only not in (None, name):
             continue
