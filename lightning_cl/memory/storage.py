@@ -41,18 +41,20 @@ class Storage(ABC):
     """Keeps the payload of one rank in slots ``0 .. size - 1``. A subclass with a ``name`` can be asked for by it.
 
     Attributes:
+        name: What users write for it.
         keeps_payload: Whether :meth:`write` needs the whole payload. If not, ``columns`` may be empty.
     """
 
     registry: ClassVar[dict[str, type[Storage]]] = {}
+    name: ClassVar[str]
     keeps_payload: ClassVar[bool] = True
     _attached = False
 
-    def __init_subclass__(cls, *, name: str | None = None, **kwargs: object) -> None:
-        """Enter a subclass that has a name in the registry."""
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        """Enter a subclass that has a name of its own in the registry."""
         super().__init_subclass__(**kwargs)
-        if name is not None:
-            Storage.registry[name] = cls
+        if "name" in cls.__dict__:
+            Storage.registry[cls.name] = cls
 
     @staticmethod
     def resolve(storage: str | Storage) -> Storage:
@@ -233,15 +235,17 @@ class ArrayStorage(Storage):
         column.write(slots, value)
 
 
-class MemoryStorage(ArrayStorage, name="memory"):
+class MemoryStorage(ArrayStorage):
     """The payload in memory, in its own dtype, growing with what the rank really holds."""
+
+    name: ClassVar[str] = "memory"
 
     @override
     def _allocator(self) -> Allocate:
         return _zeros
 
 
-class MmapStorage(ArrayStorage, name="mmap"):
+class MmapStorage(ArrayStorage):
     """The payload on disk past a size, in memory-mapped files. Lists of Python values stay in memory.
 
     The files are scratch: a checkpoint does not need them. They go when the buffer goes, or when the next run with the
@@ -251,6 +255,8 @@ class MmapStorage(ArrayStorage, name="mmap"):
         directory: Where to put them; made if absent. Ranks may share it, buffers may not. A local disk is best.
         in_memory: Bytes of each rank that stay in memory, such as ``"1GiB"``; what comes after them goes to the files.
     """
+
+    name: ClassVar[str] = "mmap"
 
     def __init__(self, directory: str | Path, in_memory: int | str = 0) -> None:
         super().__init__()
@@ -277,12 +283,13 @@ class MmapStorage(ArrayStorage, name="mmap"):
         return allocate
 
 
-class IndexStorage(MemoryStorage, name="index"):
+class IndexStorage(MemoryStorage):
     """No inputs: what is drawn is fetched from the dataset by sample id. Columns that it is given all the same stay.
 
     Needs no memory for samples, but gives them as they are in the dataset, not as they were when they came by.
     """
 
+    name: ClassVar[str] = "index"
     keeps_payload: ClassVar[bool] = False
 
     def __init__(self) -> None:

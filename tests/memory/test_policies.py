@@ -168,8 +168,10 @@ def test_offer_refuses():
 def test_a_new_policy_needs_no_entry_anywhere():
     """A subclass with a name is found by it; one that wastes capacity is refused."""
 
-    class SmallestIds(Policy, name="smallest_ids"):
+    class SmallestIds(Policy):
         """Keep the smallest ids."""
+
+        name = "smallest_ids"
 
         def groups(self, labels, tasks):
             return np.zeros_like(tasks)
@@ -187,8 +189,8 @@ def test_a_new_policy_needs_no_entry_anywhere():
         assert insert(ReplayBuffer(3, "smallest_ids"), [5, 3, 9, 1]) == [1, 3, 5]
         with pytest.raises(ValueError, match=r"`name='smallest_ids'` of .*Other is taken by .*SmallestIds"):
 
-            class Other(Policy, name="smallest_ids"):
-                pass
+            class Other(Policy):
+                name = "smallest_ids"
     finally:
         del Policy.registry["smallest_ids"]
     with pytest.raises(ValueError, match=r"`Policy.shares` must use the whole capacity"):

@@ -49,7 +49,10 @@ class Policy(ABC):
     Every sample belongs to a group and has a key; a group keeps the samples with its largest keys, as many as its share
     of the capacity. A subclass with a ``name`` can be asked for by that name; nothing else has to be edited::
 
-        class Newest(Policy, name="newest"): ...
+        class Newest(Policy):
+            name = "newest"
+            ...
+
         ReplayBuffer(100, policy="newest")
 
     Attributes:
@@ -71,15 +74,16 @@ class Policy(ABC):
     stores_inputs: ClassVar[bool] = True
     selects_at_task_end: ClassVar[bool] = False
 
-    def __init_subclass__(cls, *, name: str | None = None, **kwargs: object) -> None:
-        """Enter a subclass that has a name in the registry."""
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        """Enter a subclass that has a name of its own in the registry."""
         super().__init_subclass__(**kwargs)
-        cls.name = name or cls.__name__
-        if name is not None:
-            taken = Policy.registry.setdefault(name, cls)
-            if taken.__qualname__ != cls.__qualname__:  # the same one comes again when its module is reloaded
-                raise ValueError(f"`name={name!r}` of {cls.__qualname__} is taken by {taken.__qualname__}.")
-            Policy.registry[name] = cls
+        if "name" not in cls.__dict__:
+            cls.name = cls.__name__
+            return
+        taken = Policy.registry.setdefault(cls.name, cls)
+        if taken.__qualname__ != cls.__qualname__:  # the same one comes again when its module is reloaded
+            raise ValueError(f"`name={cls.name!r}` of {cls.__qualname__} is taken by {taken.__qualname__}.")
+        Policy.registry[cls.name] = cls
 
     @staticmethod
     def resolve(policy: str | Policy) -> Policy:

@@ -12,7 +12,7 @@ from lightning_cl.memory.policies.base import Policy
 __all__ = ["ClassBalanced"]
 
 
-class ClassBalanced(Policy, name="class_balanced"):
+class ClassBalanced(Policy):
     """Keep equally many samples of every class, chosen uniformly within the class.
 
     In a full buffer a new sample drives out the smallest key of the largest class; among classes of equal size the one
@@ -20,6 +20,7 @@ class ClassBalanced(Policy, name="class_balanced"):
     keeps them all, and the content depends on the set of samples seen, not on their order or their repetition.
     """
 
+    name: ClassVar[str] = "class_balanced"
     needs_labels: ClassVar[bool] = True
 
     @override

@@ -16,7 +16,7 @@ from lightning_cl.memory.policies.base import TaskEndPolicy
 __all__ = ["Herding"]
 
 
-class Herding(TaskEndPolicy, name="herding"):
+class Herding(TaskEndPolicy):
     r"""Keep the samples of every class whose mean feature follows the class mean; classes share the capacity equally.
 
     With L2-normalised features :math:`\varphi` and their class mean :math:`\mu`, the k-th exemplar is
@@ -29,6 +29,7 @@ class Herding(TaskEndPolicy, name="herding"):
     first among equals; samples held already keep the rank of their first choice.
     """
 
+    name: ClassVar[str] = "herding"
     needs_labels: ClassVar[bool] = True
 
     @override

@@ -15,7 +15,7 @@ __all__ = ["LossAware"]
 _INFINITY = np.array([np.inf]).view(np.int64)
 
 
-class LossAware(Reservoir, name="loss_aware"):
+class LossAware(Reservoir):
     r"""Keep a sample of all distinct samples seen, weighted by the model's loss: what is hard is likelier to stay.
 
     The key of a sample with loss :math:`\ell_i` is :math:`\log(u_i) / \ell_i`, mapped to the integers in the same
@@ -39,6 +39,7 @@ class LossAware(Reservoir, name="loss_aware"):
         ValueError: From ``ReplayBuffer.insert``, for a loss that is negative or not a number.
     """
 
+    name: ClassVar[str] = "loss_aware"
     needs_losses: ClassVar[bool] = True
     renews: ClassVar[bool] = True
 

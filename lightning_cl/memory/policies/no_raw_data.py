@@ -9,7 +9,7 @@ from lightning_cl.memory.policies.reservoir import Reservoir
 __all__ = ["NoRawData"]
 
 
-class NoRawData(Reservoir, name="no_raw_data"):
+class NoRawData(Reservoir):
     """Keep a uniform sample of identities, and refuse to store what they stand for.
 
     The choice is that of ``"reservoir"``. A storage that keeps inputs is refused when the buffer is made, and columns
@@ -18,4 +18,5 @@ class NoRawData(Reservoir, name="no_raw_data"):
     ``storage="index"`` they are read from the dataset again.
     """
 
+    name: ClassVar[str] = "no_raw_data"
     stores_inputs: ClassVar[bool] = False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 from typing_extensions import override
 
@@ -11,7 +13,7 @@ from lightning_cl.memory.policies.base import Policy
 __all__ = ["Reservoir"]
 
 
-class Reservoir(Policy, name="reservoir"):
+class Reservoir(Policy):
     r"""Keep a uniform sample of all distinct samples seen.
 
     Each sample has the key :math:`u(\text{seed}, \text{id})`, uniform over the 64-bit integers, and the ``capacity``
@@ -19,6 +21,8 @@ class Reservoir(Policy, name="reservoir"):
     :math:`\min(1, M/n)`. A sample shown again in a later epoch changes nothing, there is no counter that a resume could
     lose, and what several ranks keep together does not depend on how many they are.
     """
+
+    name: ClassVar[str] = "reservoir"
 
     @override
     def groups(self, labels: Int64Array, tasks: Int64Array) -> Int64Array:

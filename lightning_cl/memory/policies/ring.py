@@ -13,7 +13,7 @@ from lightning_cl.memory.policies.base import Policy
 __all__ = ["Ring"]
 
 
-class Ring(Policy, name="ring"):
+class Ring(Policy):
     """Keep the most recent distinct samples of every task, first in first out; tasks share the capacity equally.
 
     Differs from the paper, which gives every class a queue: here every task has one, so that labels are not needed. A
@@ -25,6 +25,7 @@ class Ring(Policy, name="ring"):
     sample id counts as more recent, so that the content does not depend on how ranks are ordered in the batch.
     """
 
+    name: ClassVar[str] = "ring"
     needs_boundaries: ClassVar[bool] = True
     renews: ClassVar[bool] = True
 

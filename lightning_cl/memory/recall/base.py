@@ -87,12 +87,13 @@ class Recall(ABC):
     seed: int = 0
     world_size: int = 1
 
-    def __init_subclass__(cls, *, name: str | None = None, **kwargs: object) -> None:
-        """Enter a subclass that has a name in the registry."""
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        """Enter a subclass that has a name of its own in the registry."""
         super().__init_subclass__(**kwargs)
-        cls.name = name or cls.__name__
-        if name is not None:
-            Recall.registry[name] = cls
+        if "name" in cls.__dict__:
+            Recall.registry[cls.name] = cls
+        else:
+            cls.name = cls.__name__
 
     @staticmethod
     def resolve(recall: str | Recall) -> Recall:

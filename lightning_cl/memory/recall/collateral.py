@@ -22,7 +22,7 @@ __all__ = ["Collateral"]
 _UNKNOWN, _RIGHT, _WRONG = range(3)
 
 
-class Collateral(Recall, name="collateral"):
+class Collateral(Recall):
     r"""Samples of partitions in which new training does damage come more often.
 
     Collateral damage is a sample that the model had right and now has wrong. Samples are partitioned by task and, where
@@ -50,6 +50,7 @@ class Collateral(Recall, name="collateral"):
         ValueError: If a setting is out of range.
     """
 
+    name: ClassVar[str] = "collateral"
     needs_boundaries: ClassVar[bool] = True
     needs_hits: ClassVar[bool] = True
     bytes_per_sample: ClassVar[int] = 8

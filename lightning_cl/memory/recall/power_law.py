@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 from typing_extensions import override
 
@@ -11,7 +13,7 @@ from lightning_cl.memory.recall.by_task import ByTask
 __all__ = ["PowerLaw"]
 
 
-class PowerLaw(ByTask, name="power_law"):
+class PowerLaw(ByTask):
     r"""The chance of a sample falls as a power of the time since its task was seen.
 
     In task T, of the samples that are left, one of task j is drawn with
@@ -32,6 +34,8 @@ class PowerLaw(ByTask, name="power_law"):
     Raises:
         ValueError: If ``exponent`` is not above 0.
     """
+
+    name: ClassVar[str] = "power_law"
 
     def __init__(self, exponent: float = 1.0) -> None:
         if not exponent > 0:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 from typing_extensions import override
 
@@ -11,7 +13,7 @@ from lightning_cl.memory.recall.by_task import ByTask
 __all__ = ["TaskUniform"]
 
 
-class TaskUniform(ByTask, name="task_uniform"):
+class TaskUniform(ByTask):
     r"""Every earlier task is as likely as any other, however many samples of it there are.
 
     Of the samples that are left, one of task j, which has :math:`n_j`, is drawn with
@@ -21,6 +23,8 @@ class TaskUniform(ByTask, name="task_uniform"):
     and no sample comes twice in a draw. ``"uniform"`` recall draws a task in proportion to what the policy keeps of it.
     Samples of the running task come where there are too few of earlier ones: they are in the incoming batches.
     """
+
+    name: ClassVar[str] = "task_uniform"
 
     @override
     def weights(self, counts: Int64Array, task: int) -> Float64Array:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from typing_extensions import override
 
@@ -12,8 +14,10 @@ from lightning_cl.memory.recall.chances import distinct
 __all__ = ["Uniform"]
 
 
-class Uniform(Recall, name="uniform"):
+class Uniform(Recall):
     """Every sample that a rank keeps is as likely as any other; none comes twice in a draw."""
+
+    name: ClassVar[str] = "uniform"
 
     @override
     def choose(self, samples: LocalSamples, size: int, generator: torch.Generator, *, task: int) -> Int64Array:

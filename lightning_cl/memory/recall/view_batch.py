@@ -18,7 +18,7 @@ from lightning_cl.memory.recall.slots import SlotValues
 __all__ = ["ViewBatch"]
 
 
-class ViewBatch(Recall, name="view_batch"):
+class ViewBatch(Recall):
     r"""The least recently trained samples first, each with several views at once.
 
     A draw of :math:`s` takes the :math:`s / V` samples that have waited longest, and gives each of them V times in a
@@ -39,6 +39,7 @@ class ViewBatch(Recall, name="view_batch"):
         ValueError: If ``views`` is below 1.
     """
 
+    name: ClassVar[str] = "view_batch"
     bytes_per_sample: ClassVar[int] = 24
 
     def __init__(self, views: int = 4) -> None:
