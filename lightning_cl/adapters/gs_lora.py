@@ -74,7 +74,7 @@ class GSLoRA(Unlearn):
         forget_weight: :math:`\beta`, above 0.
         retain_weight: Weight of what is retained, prototypes included; above 0.
         utility_floor: As of :class:`~lightning_cl.unlearning.Unlearn`.
-        settings: Those of :class:`~lightning_cl.unlearning.RequestCallback`.
+        settings: Those of :class:`~lightning_cl.unlearning.RequestSettings`.
 
     Attributes:
         norms: The norm of each block at the end of the latest request, before pruning.

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime, timezone
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from uuid import uuid4
 
 import torch
@@ -18,15 +20,20 @@ from torch.utils.data import Dataset, Subset
 from lightning_cl.adapters.lora_blocks import lora_blocks
 from lightning_cl.core.batches import BatchAdapter
 from lightning_cl.core.capture import class_scores
+from lightning_cl.core.card import MethodCard
 from lightning_cl.core.checks import check_count, check_positive
 from lightning_cl.core.distributed import is_distributed, rank
+from lightning_cl.core.requests import Influence
 from lightning_cl.core.rng import derived_seed, isolated_rng
 from lightning_cl.core.state import full_copy
 from lightning_cl.datamodules import Predefined, TaskStreamDataModule
+from lightning_cl.unlearning.digest import digest_of
+from lightning_cl.unlearning.ledger import Ledger, RequestRecord, hash_of_ids
 
 __all__ = ["SlicedAdapters"]
 
 _VERSION = 1
+_LEDGER = "requests.jsonl"
 
 
 class SlicedAdapters:
@@ -44,11 +51,16 @@ class SlicedAdapters:
     of a run that never had it. :meth:`logits` averages over shards what the longest surviving checkpoint of each says.
     :meth:`fit` trains what is missing, and then all of them are those of such a run. It goes on where it was stopped.
 
+    Deletions are records of a :class:`~lightning_cl.unlearning.Ledger`, as those of a callback that serves requests:
+    rows and their hash, the settings, the checkpoints that went, and a digest of those that stayed, which is that of
+    the same checkpoints of a run that never had the rows. Measurements and what the rows held are not in it: they are
+    not read for a deletion.
+
     Args:
         module: Returns the module as before training, LoRA adapters in it; called with seeded generators, for every
             training, and the same weights must come back.
         train: Map-style training data. Its rows keep their numbers; those that were forgotten are never read again.
-        folder: For the checkpoints, ``shard-0/order-0/prefix-1.pt`` and so on, and ``forgotten.json``.
+        folder: For the checkpoints, ``shard-0/order-0/prefix-1.pt`` and so on, and the ledger, ``requests.jsonl``.
         shards: Adapters that share no row; at least 1. A deletion costs one of them.
         slices: Trainings of each, from 1 to the number of blocks with adapters.
         permutations: Orders of the slices, from 1 to ``slices``; each costs as much as the first.
@@ -58,9 +70,20 @@ class SlicedAdapters:
         collate_fn: Joins samples to a batch; torch's default if ``None``.
         batch_adapter: Reads the inputs of batches of an uncommon structure.
 
+    Attributes:
+        ledger: The deletions so far.
+
     Raises:
-        ValueError: For settings out of range, a folder of other settings, or a row that is not in the data.
+        ValueError: For settings out of range, a folder of other settings, or one whose ledger was changed.
     """
+
+    card: ClassVar[MethodCard] = MethodCard(
+        name="sliced-adapters",
+        family="unlearning",
+        paper="Chowdhury et al. 2024, arXiv:2406.16257",
+        needs="a function that makes a module with LoRA; data whose rows stay; trainings of its own",
+        state="the ledger; a file of what trains for each shard, order and slice",
+    )
 
     def __init__(
         self,
@@ -93,17 +116,17 @@ class SlicedAdapters:
         length = len(train)  # type: ignore[arg-type]
         places = torch.tensor([derived_seed("slice", seed, row) % (shards * slices) for row in range(length)])
         self._rows = [(places == place).nonzero().flatten().tolist() for place in range(shards * slices)]
-        self._check_folder(
-            {
-                "rows": length,
-                "shards": shards,
-                "slices": slices,
-                "permutations": permutations,
-                "epochs": epochs,
-                "batch_size": batch_size,
-                "seed": seed,
-            }
-        )
+        self._settings = {
+            "rows": length,
+            "shards": shards,
+            "slices": slices,
+            "permutations": permutations,
+            "epochs": epochs,
+            "batch_size": batch_size,
+            "seed": seed,
+        }
+        self._check_folder()
+        self.ledger = self._read_ledger()
         self._drop()
 
     # ------------------------------------------------------------------ what is where
@@ -134,9 +157,7 @@ class SlicedAdapters:
     @property
     def forgotten(self) -> list[int]:
         """The rows that :meth:`forget` was told, ascending."""
-        file = self.folder / "forgotten.json"
-        rows: list[int] = json.loads(file.read_text("utf-8")) if file.exists() else []
-        return rows
+        return sorted({row for record in self.ledger.records for row in record.ids})
 
     def _length(self, shard: int, permutation: int) -> int:
         """Return how many slices the longest checkpoint of an order has seen; it has those before it, or nothing."""
@@ -156,6 +177,8 @@ class SlicedAdapters:
             ValueError: If the network has fewer blocks with adapters than there are slices.
             RuntimeError: If a training was interrupted.
         """
+        # rows that another object of the same folder was told
+        self.ledger = self._read_ledger()
         new = []
         for shard in range(self.shards):
             for permutation in range(self.permutations):
@@ -217,23 +240,64 @@ class SlicedAdapters:
 
     # ------------------------------------------------------------------ requests and answers
 
-    def forget(self, rows: Sequence[int]) -> list[Path]:
+    def forget(self, rows: Sequence[int], name: str | None = None) -> list[Path]:
         """Delete every checkpoint that has seen one of ``rows``, for good, and return them. All ranks must call this.
 
+        A record of it stands in the ledger before the first file goes. A request that was served finds nothing to do.
+
+        Args:
+            rows: Rows of the training data.
+            name: Name of the request in the ledger; ``"request 1"`` and so on if ``None``.
+
         Raises:
-            ValueError: If a row is not in the data.
+            ValueError: If a row is not in the data, or the name was served for other rows.
         """
-        length = len(self.train)  # type: ignore[arg-type]
+        started, length = _now(), self._settings["rows"]
         if wrong := [row for row in rows if not 0 <= row < length]:
             raise ValueError(f"`rows` holds {wrong[:3]}, and the data has {length} rows, from 0.")
-        # before anything is deleted: a process that dies in between leaves a checkpoint that the next one drops
-        self._write_json("forgotten.json", sorted({*self.forgotten, *(int(row) for row in rows)}))
+        self.ledger = self._read_ledger()
+        asked = {int(row) for row in rows}
+        new = sorted(asked.difference(self.forgotten))
+        if name is not None and self.ledger.find(name) is not None:
+            if new:
+                raise ValueError(f"Request {name!r} was served for other rows. Give the new one a name of its own.")
+        elif new or name is not None:
+            names = (f"request {number}" for number in count(len(self.ledger) + 1))
+            name = name or next(free for free in names if self.ledger.find(free) is None)
+            self._append(name, len(asked), torch.tensor(new, dtype=torch.int64), started)
         return self._drop()
+
+    def _append(self, name: str, asked: int, ids: Tensor, started: str) -> None:
+        states = {str(file.relative_to(self.folder)): _read(file) for file in self._files()}
+        dropped = [file for file, found in states.items() if not set(ids.tolist()).isdisjoint(found["rows"])]
+        left = {f: found["state"] for f, found in states.items() if f not in dropped}
+        record = RequestRecord(
+            name=name,
+            asked=asked,
+            ids=ids.tolist(),
+            ids_hash=hash_of_ids(ids) if len(ids) else "",
+            samples_hash="",
+            method=self.card.name,
+            settings={**self._settings, "dropped": dropped},
+            seed=self.seed,
+            reference_hash=None,
+            weights_hash=digest_of((f"{f}:{n}", value) for f, state in left.items() for n, value in state.items()),
+            started=started,
+            ended=_now(),
+            steps=0,
+            stopped=None,
+            before={},
+            after={},
+            influences=[Influence(type(self).__name__, "checkpoints", "removed", len(dropped))],
+            previous=self.ledger.last_hash,
+        )
+        # before anything is deleted: a process that dies in between leaves a checkpoint that the next one drops
+        self._replace(self.folder / _LEDGER, Ledger([*self.ledger.records, record]).write)
+        self.ledger = self._read_ledger()
 
     def _drop(self) -> list[Path]:
         forgotten = set(self.forgotten)
-        files = sorted(self.folder.glob("shard-*/order-*/prefix-*.pt")) if forgotten else []
-        dropped = [file for file in files if not forgotten.isdisjoint(_read(file)["rows"])]
+        dropped = [file for file in self._files() if not forgotten.isdisjoint(_read(file)["rows"])] if forgotten else []
         _meet()
         for file in dropped:
             file.unlink(missing_ok=True)
@@ -268,22 +332,30 @@ class SlicedAdapters:
 
     # ------------------------------------------------------------------ files
 
-    def _check_folder(self, settings: dict[str, int]) -> None:
-        file = self.folder / "settings.json"
-        if file.exists() and (found := json.loads(file.read_text("utf-8"))) != settings:
-            raise ValueError(
-                f"The checkpoints in {str(self.folder)!r} are of the settings {found}, and these are {settings}: rows"
-                " would be in other slices. Take the same data and settings, or another folder."
-            )
-        self._write_json("settings.json", settings)
+    def _files(self) -> list[Path]:
+        return sorted(self.folder.glob("shard-*/order-*/prefix-*.pt"))
 
-    def _write_json(self, name: str, value: Any) -> None:
+    def _check_folder(self) -> None:
+        file = self.folder / "settings.json"
+        if file.exists() and (found := json.loads(file.read_text("utf-8"))) != self._settings:
+            raise ValueError(
+                f"The checkpoints in {str(self.folder)!r} are of the settings {found}, and these are {self._settings}:"
+                " rows would be in other slices. Take the same data and settings, or another folder."
+            )
+        self._replace(file, lambda part: part.write_text(json.dumps(self._settings), "utf-8"))
+
+    def _read_ledger(self) -> Ledger:
+        file = self.folder / _LEDGER
+        return Ledger.read(file) if file.exists() else Ledger()
+
+    def _replace(self, file: Path, write: Callable[[Path], Any]) -> None:
         _meet()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        # of its own, because ranks that have no process group yet write the same at the same time
-        part = self.folder / f".{name}.{uuid4().hex}"
-        part.write_text(json.dumps(value), "utf-8")
-        part.replace(self.folder / name)
+        if rank() == 0:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            # of its own, because ranks that have no process group yet write the same at the same time
+            part = file.with_name(f".{file.name}.{uuid4().hex}")
+            write(part)
+            part.replace(file)
         _meet()
 
     def _write(self, file: Path, value: dict[str, Any]) -> None:
@@ -299,6 +371,10 @@ def _meet() -> None:
     """Let no rank look for files while another writes or deletes them."""
     if is_distributed():
         dist.barrier()
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def _device(batch: Any) -> torch.device:

@@ -15,6 +15,7 @@ from lightning_cl.adapters.blocks import keep_blocks
 from lightning_cl.core.adapters import has_adapters
 from lightning_cl.core.checks import check_count
 from lightning_cl.functional.unlearning import logit_difference
+from lightning_cl.quantization.layers import is_int8, quantized_layers, share_packed_4bit
 
 __all__ = ["LogitDifference", "build_assistant"]
 
@@ -79,6 +80,9 @@ def build_assistant(
         plain = type(parameter) is nn.Parameter
         shared[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False) if plain else parameter
     assistant = copy.deepcopy(model, shared)
+    for name, layer in quantized_layers(assistant):
+        if not is_int8(layer):
+            share_packed_4bit(layer, model.get_submodule(name))
     keep_blocks(assistant, num_layers)
     settings = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": target_modules}
     # GPT-2 and its like keep their weights transposed
@@ -99,8 +103,8 @@ class LogitDifference:
     **The weights of the model keep the knowledge**: whoever has them, or leaves the processor out, has all of it.
 
     Args:
-        assistant: What :func:`build_assistant` returned, trained; on the device of the prompts. It is put into
-            evaluation mode.
+        assistant: What :func:`build_assistant` returned, trained; on the device of the prompts, not sharded. It is put
+            into evaluation mode.
         weight: w, below 0; the paper's are -0.8 and -0.5.
         threshold: Which tokens the assistant may change, and which are left at all: those of at least this share of
             the likeliest one's probability, and this share of the vocabulary in any case.
@@ -108,7 +112,8 @@ class LogitDifference:
             lengths are padded on the left.
 
     Raises:
-        ValueError: For a weight not below 0, a threshold out of range, or a mask that does not fit the prompts.
+        ValueError: For a weight not below 0, a threshold out of range, a sharded assistant, or a mask that does not fit
+            the prompts.
     """
 
     def __init__(
@@ -118,6 +123,11 @@ class LogitDifference:
             raise ValueError(f"`weight` must be below 0, got {weight!r}: above, the assistant's knowledge is added.")
         if not 0 < threshold <= 1:
             raise ValueError(f"`threshold` must be above 0 and at most 1, got {threshold!r}.")
+        if any(isinstance(parameter, DTensor) for parameter in assistant.parameters()):
+            raise ValueError(
+                "The assistant is sharded, and is called token by token beside a model: build one anew beside it by"
+                " `build_assistant`, and load into it what the checkpoint of the fit holds."
+            )
         self.assistant = assistant.eval()
         self.weight = weight
         self.threshold = threshold

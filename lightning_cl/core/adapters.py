@@ -8,10 +8,12 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["adapters_disabled", "has_adapters"]
+__all__ = ["adapters_disabled", "has_adapters", "trained_beside_adapters"]
 
 # PEFT's layers, its trained copies of whole modules and our prompts look at it in their forward
 _FLAG = "_disable_adapters"
+# in PEFT's layers, what computes when they are off
+_BASES = ("base_layer.", "original_module.")
 
 
 @contextmanager
@@ -63,6 +65,17 @@ def adapters_disabled(module: nn.Module) -> Iterator[None]:
 def has_adapters(module: nn.Module) -> bool:
     """Return whether there are adapters in ``module``, also such as :func:`adapters_disabled` refuses."""
     return bool(_switchable(module)) or _unswitchable(module) is not None
+
+
+def trained_beside_adapters(module: nn.Module) -> list[str]:
+    """Return the names of trainable parameters that :func:`adapters_disabled` leaves in use, such as a head's."""
+    switched = {
+        id(parameter)
+        for part in _switchable(module)
+        for name, parameter in part.named_parameters()
+        if not name.startswith(_BASES)
+    }
+    return [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in switched]
 
 
 def _unswitchable(module: nn.Module) -> str | None:

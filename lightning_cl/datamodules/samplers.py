@@ -175,7 +175,8 @@ class EvaluationSampler(_RankSampler):
 
     Ranks may differ by one sample in a batch but never in the number of batches, so that sharded models, which
     communicate in every forward, do not wait for each other, and no batch is empty. A set of fewer samples than ranks
-    is therefore repeated, which is the only case where a sample is read twice.
+    is therefore read whole by every rank, which is the only case where a sample is read twice: each as often as the
+    others, so that means over samples are those of one process.
 
     Args:
         rows: int64 [n], the rows to read.
@@ -190,15 +191,21 @@ class EvaluationSampler(_RankSampler):
         self.batch_size = batch_size
 
     def __len__(self) -> int:
+        if self._is_whole:
+            return -(-len(self.rows) // self.batch_size)
         batches = -(-len(self.rows) // (self.batch_size * self.world_size))
         # in batches of one sample a rank with one sample fewer would run out of them
-        return min(batches, max(len(self.rows) // self.world_size, 1))
+        return min(batches, len(self.rows) // self.world_size)
 
     def __iter__(self) -> Iterator[BatchIndex]:
-        if self.world_size == 1:
+        if self._is_whole:
             for batch, start in enumerate(range(0, len(self.rows), self.batch_size)):
                 yield BatchIndex(self.rows[start : start + self.batch_size], derived_seed("evaluate", batch))
             return
-        mine = self.rows[self.rank % len(self.rows) :: self.world_size]
+        mine = self.rows[self.rank :: self.world_size]
         for batch, part in enumerate(np.array_split(mine, len(self))):
             yield BatchIndex(part, derived_seed("evaluate", batch, self.rank))
+
+    @property
+    def _is_whole(self) -> bool:
+        return self.world_size == 1 or len(self.rows) < self.world_size

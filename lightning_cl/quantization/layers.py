@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -150,6 +151,18 @@ def set_packed_4bit(layer: Any, packed: Tensor, state: Any) -> None:
     )
     # the parameter loses its state when FSDP2 makes it anew; the layer's own reference is what the forward then takes
     layer.quant_state = state
+
+
+def share_packed_4bit(layer: Any, source: Any) -> None:
+    """Give ``layer`` the packed weight and the scales of another one, in the same memory.
+
+    Each has a parameter and a state of its own around them: bitsandbytes moves a state in place when its parameter is
+    moved to another device.
+    """
+    state = copy.copy(source.quant_state)
+    if state.nested:
+        state.state2 = copy.copy(state.state2)
+    set_packed_4bit(layer, source.weight.data, state)
 
 
 def _fill_int8(layer: Any, rows: Iterable[Tensor], device: torch.device) -> None:

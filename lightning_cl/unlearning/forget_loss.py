@@ -49,6 +49,11 @@ class Outputs:
         return supervised_rows(self._need("labels"))
 
     @property
+    def score_mask(self) -> Tensor | None:
+        """The attention mask for the positions of the scores; ``None`` where a row has those of one answer, [B, C]."""
+        return None if self.logits is not None and self.logits.ndim == 2 else self.mask
+
+    @property
     def predictions(self) -> tuple[Tensor, Tensor]:
         """Logits and labels, which must be there."""
         return self._need("logits"), self._need("labels")

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, get_args
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_cl.core.adapters import adapters_disabled, has_adapters
-from lightning_cl.core.capture import forward_step, undisturbed
+from lightning_cl.core.adapters import adapters_disabled, has_adapters, trained_beside_adapters
+from lightning_cl.core.capture import forward_step, move_batch, undisturbed
 from lightning_cl.core.checks import check_choice
 from lightning_cl.core.copies import WeightCopy
+from lightning_cl.core.distributed import gather_rows
 from lightning_cl.unlearning.digest import digest_of
 from lightning_cl.unlearning.forget_loss import ForgetLoss, Outputs
+from lightning_cl.unlearning.reading import OutputReader, split_alternate
 
-__all__ = ["Anchor", "Reference", "ReferencePolicy", "choose_policy"]
+__all__ = ["Anchor", "Reference", "ReferencePolicy", "SequenceSums", "choose_policy", "sequence_sums"]
 
 ReferencePolicy = Literal["auto", "copy", "peft_disabled", "cached_scores", "module_prefix"]
 Anchor = Literal["request_start", "original"]
 _Kept = Literal["none", "copy", "peft_disabled", "cached_scores", "module_prefix"]
+# of answers, and of the alternates that come with them: ascending identities and their sums, on the CPU
+SequenceSums = dict[str, tuple[Tensor, Tensor]]
 
 
 def choose_policy(
@@ -89,6 +93,38 @@ def choose_policy(
     return policy
 
 
+def sequence_sums(
+    trainer: Trainer, pl_module: LightningModule, reader: OutputReader, batches: Iterable[tuple[Any, Tensor]]
+) -> SequenceSums:
+    """Run the module's own step, in evaluation mode and without a trace, and sum up every sample and its alternate.
+
+    Args:
+        trainer: The running Trainer.
+        pl_module: The user's module.
+        reader: Reads scores and labels.
+        batches: This rank's batches, as many on all ranks, with identities.
+
+    Returns:
+        The sums of the samples of all ranks; of alternates those that there are.
+    """
+    ids: dict[str, list[Tensor]] = {"own": [], "alternate": []}
+    sums: dict[str, list[Tensor]] = {"own": [], "alternate": []}
+    for batch, of_batch in batches:
+        for kind, part in zip(ids, split_alternate(move_batch(trainer, pl_module, batch)), strict=True):
+            if part is not None:
+                with undisturbed(pl_module, seed=0, as_in_step=True), reader:
+                    outputs = reader.take(part, forward_step(pl_module, part))
+                ids[kind].append(of_batch)
+                sums[kind].append(outputs.nll_sum.cpu())
+    found: SequenceSums = {}
+    for kind in ids:
+        rows = (torch.cat([torch.empty(0, dtype=torch.int64), *ids[kind]]), torch.cat([torch.empty(0), *sums[kind]]))
+        of_all, values = (gather_rows(part.to(pl_module.device))[0].cpu() for part in rows)
+        order = of_all.argsort()
+        found[kind] = of_all[order], values[order]
+    return found
+
+
 class Reference:
     """Runs the user's own step with the weights of the reference: in evaluation mode, without a graph or a trace.
 
@@ -96,8 +132,8 @@ class Reference:
 
     Args:
         kept: How it is kept: ``"copy"`` of the trainable weights, ``"peft_disabled"`` (no weights: the module without
-            its adapters), ``"cached_scores"`` (no weights: sums of negative log-likelihoods by identity),
-            ``"module_prefix"`` (a copy that is run up to a layer) or ``"none"``.
+            its adapters), ``"cached_scores"`` (no weights: sums of negative log-likelihoods by identity, of
+            alternates too), ``"module_prefix"`` (a copy that is run up to a layer) or ``"none"``.
         anchor: Whether it is the model at every request's start, or at the first one's.
         owner: The callback, for errors.
     """
@@ -108,9 +144,7 @@ class Reference:
         self.digest: str | None = None
         self._owner = owner
         self._copy = WeightCopy(owner)
-        # ascending identities and their sums, on the CPU
-        self._ids = torch.empty(0, dtype=torch.int64)
-        self._sums = torch.empty(0)
+        self._sums: SequenceSums = {}
 
     @property
     def runs(self) -> bool:
@@ -122,41 +156,36 @@ class Reference:
         """Whether it holds a copy of weights."""
         return bool(self._copy)
 
-    def start(self, pl_module: LightningModule, score: Callable[[], tuple[Tensor, Tensor]]) -> None:
+    def start(self, pl_module: LightningModule, score: Callable[[], SequenceSums]) -> None:
         """Take the model as it is at a request's start.
 
         Args:
             pl_module: The user's module.
-            score: Returns identities and sums of negative log-likelihoods of all samples to forget, [n].
+            score: Returns :func:`sequence_sums` of all samples to forget.
         """
         if self.kept == "none" or (self.anchor == "original" and self.digest is not None):
             return
         if self.kept in ("copy", "module_prefix"):
             self._copy.take(pl_module)
         elif self.kept == "cached_scores":
-            ids, sums = score()
-            order = ids.argsort()
-            self._ids, self._sums = ids[order], sums[order]
-        elif not has_adapters(pl_module):
-            raise ValueError(
-                f"`{self._owner}(reference='peft_disabled')` is the module without its adapters, and"
-                f" {type(pl_module).__name__} has none. Use 'auto'."
-            )
+            self._sums = score()
         self.digest = self._digest(pl_module)
 
     def end(self) -> None:
         """Forget the model of a request's start, which knows what was forgotten; the original one stays."""
         if self.anchor == "request_start":
             self._copy = WeightCopy(self._owner)
-            self._ids, self._sums = torch.empty(0, dtype=torch.int64), torch.empty(0)
-            self.digest = None
+            self._sums, self.digest = {}, None
 
     def check(self, pl_module: LightningModule) -> None:
-        """Bring restored weights to their place, and refuse a reference that is not the one that was saved.
+        """Bring restored weights to their place, and refuse a reference that is not what it should be.
 
         Raises:
-            ValueError: If its digest differs.
+            ValueError: If its digest is not the one that was saved; for ``"peft_disabled"``, if the module has no
+                adapters, or more than them trains.
         """
+        if self.kept == "peft_disabled":
+            self._check_adapters(pl_module)
         # restored weights wait until they are placed, and make the copy look empty until then
         self._copy.place(pl_module)
         if self.digest is not None and self._digest(pl_module) != self.digest:
@@ -165,24 +194,47 @@ class Reference:
                 " the module shares with it have changed. Resume with the same base weights."
             )
 
+    def _check_adapters(self, pl_module: LightningModule) -> None:
+        without = f"`{self._owner}(reference='peft_disabled')` is the module without its adapters, and"
+        if not has_adapters(pl_module):
+            raise ValueError(f"{without} {type(pl_module).__name__} has none. Use 'auto'.")
+        if beside := trained_beside_adapters(pl_module):
+            raise ValueError(
+                f"{without} {beside[:3]} train beside them: the reference would change with every step. Use 'auto' or"
+                " 'copy', freeze them, or name their modules in `modules_to_save` of PEFT's config."
+            )
+
     def _digest(self, pl_module: LightningModule) -> str:
         if self.kept == "cached_scores":
-            return digest_of([("ids", self._ids), ("sums", self._sums)])
+            pairs = self._sums.items()
+            return digest_of((f"{kind}.{place}", part) for kind, pair in pairs for place, part in enumerate(pair))
         if self.kept == "peft_disabled":
             return digest_of((name, p) for name, p in pl_module.named_parameters() if not p.requires_grad)
         with self._copy.in_place(pl_module):
             return digest_of((name, p) for name, p in pl_module.named_parameters() if p.requires_grad)
 
-    def sums_of(self, ids: Tensor) -> Tensor:
-        """Return the cached sums of identities, float [n].
+    def cached(self, ids: Tensor, device: torch.device, *, alternate: bool) -> Outputs:
+        """Return outputs that know their sums and nothing else.
+
+        Args:
+            ids: Identities of the samples of a batch, int64 [n].
+            device: For the sums.
+            alternate: Whether the batch brings alternates, so that there are outputs of them as well.
 
         Raises:
-            ValueError: If one is unknown.
+            ValueError: If a sample is unknown.
         """
-        places = torch.searchsorted(self._ids, ids).clamp(max=max(len(self._ids) - 1, 0))
-        if not len(self._ids) or not torch.equal(self._ids[places], ids):
+        found = Outputs(ids=ids, stored_nll_sum=self._sums_of("own", ids).to(device))
+        if alternate:
+            found.alternate = Outputs(ids=ids, stored_nll_sum=self._sums_of("alternate", ids).to(device))
+        return found
+
+    def _sums_of(self, kind: str, ids: Tensor) -> Tensor:
+        known, sums = self._sums[kind]
+        places = torch.searchsorted(known, ids).clamp(max=max(len(known) - 1, 0))
+        if not len(known) or not torch.equal(known[places], ids):
             raise ValueError(f"`{self._owner}` has no reference scores for samples of this batch: it changed since.")
-        return self._sums[places]
+        return sums[places]
 
     def run(
         self,
@@ -215,12 +267,12 @@ class Reference:
         """Return what it keeps on this rank."""
         if self.kept in ("copy", "module_prefix"):
             return self._copy.num_bytes(pl_module)
-        return self._ids.nbytes + self._sums.nbytes
+        return sum(value.nbytes for pair in self._sums.values() for value in pair)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what it keeps, and its digest."""
         copy = self._copy.state_dict() if self._copy else None
-        return {"kept": self.kept, "digest": self.digest, "copy": copy, "ids": self._ids, "sums": self._sums}
+        return {"kept": self.kept, "digest": self.digest, "copy": copy, "sums": self._sums}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take what :meth:`state_dict` returned; :meth:`check` brings it to its place.
@@ -233,7 +285,7 @@ class Reference:
                 f"The checkpoint's reference model was kept as {state['kept']!r}, that of `{self._owner}` is"
                 f" {self.kept!r}. Resume with the same `reference`, `method` and `retain`."
             )
-        self.digest, self._ids, self._sums = state["digest"], state["ids"], state["sums"]
+        self.digest, self._sums = state["digest"], state["sums"]
         if state["copy"] is not None:
             self._copy.load_state_dict(state["copy"])
 

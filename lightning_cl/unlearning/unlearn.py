@@ -29,7 +29,7 @@ from lightning_cl.functional.unlearning import RetainPositions, kl_retain
 from lightning_cl.unlearning.forget_loss import ForgetLoss, Outputs
 from lightning_cl.unlearning.frozen_statistics import FrozenStatistics
 from lightning_cl.unlearning.reading import ids_of_step, split_alternate
-from lightning_cl.unlearning.reference import Anchor, Reference, ReferencePolicy, choose_policy
+from lightning_cl.unlearning.reference import Anchor, Reference, ReferencePolicy, choose_policy, sequence_sums
 from lightning_cl.unlearning.request_callback import RequestCallback, RequestSettings
 from lightning_cl.unlearning.utility import UtilityFloor
 
@@ -57,16 +57,17 @@ class Unlearn(RequestCallback):
         forget_weight: :math:`\gamma`, above 0.
         retain_weight: :math:`\alpha`, above 0.
         kl_positions: For ``retain="kl"``, the positions that count: ``"attended"`` by the attention mask,
-            ``"supervised"`` or ``"all"``.
+            ``"supervised"`` or ``"all"``. Of a classifier's scores, [B, C], every row counts.
         utility_floor: End the request as soon as the mean probability of retained samples falls below this share of
             what it was at the start, above 0 and below 1; ``None`` never does.
         utility_every: Optimizer steps between two looks at that, each a forward over ``measure_samples`` samples.
         reference: How the reference model is kept, where one is needed: ``"copy"`` of the trainable weights;
-            ``"peft_disabled"``, the module without its adapters; ``"cached_scores"``, one number for each sequence,
-            computed once; ``"module_prefix"``, a copy run up to the layer of the method. ``"auto"`` takes the cheapest.
+            ``"peft_disabled"``, the module without its adapters; ``"cached_scores"``, one number for each sequence
+            and for its alternate, computed once; ``"module_prefix"``, a copy run up to the layer of the method.
+            ``"auto"`` takes the cheapest.
         anchor: The model that is the reference: the present request's at its start, or the ``"original"``, at the start
             of the first request. With ``"peft_disabled"`` it is ``"original"``.
-        settings: Those of :class:`RequestCallback`.
+        settings: Those of :class:`RequestSettings`.
 
     Raises:
         ValueError: For a setting out of range, or settings at odds; at the start of a fit under manual optimization or
@@ -197,12 +198,9 @@ class Unlearn(RequestCallback):
                 " learned. Set `retain=None`."
             )
 
-        def score() -> tuple[Tensor, Tensor]:
-            ids = stream.forgotten_ids(task)
-            scores = self.score(trainer, pl_module, ids)
-            # a sample with nothing supervised has no score, and a sum of zero
-            rest = ids[~torch.isin(ids, scores.ids)]
-            return torch.cat([scores.ids, rest]), torch.cat([scores.nll_sum, torch.zeros(len(rest))])
+        def score() -> Any:
+            batches = stream.read_samples(stream.forgotten_ids(task))
+            return sequence_sums(trainer, pl_module, self.reader, batches)
 
         assert self._reference is not None
         self._reference.start(pl_module, score)
@@ -247,7 +245,8 @@ class Unlearn(RequestCallback):
         ids = ids_of_step(trainer, batch_idx)
         if self._reference.kept == "cached_scores":
             assert ids is not None
-            self._anchors = Outputs(ids=ids, stored_nll_sum=self._reference.sums_of(ids).to(pl_module.device)), None
+            cached = self._reference.cached(ids, pl_module.device, alternate=self._alternate is not None)
+            self._anchors = cached, None
         elif self._reference.runs:
             self._anchors = self._run_reference(pl_module, batch, batch_idx, ids)
         with self.reader:
@@ -313,7 +312,7 @@ class Unlearn(RequestCallback):
     def _divergence(self, retained: Outputs, reference: Outputs | None) -> Tensor:
         logits, labels = retained.predictions
         assert reference is not None and reference.logits is not None
-        return kl_retain(logits, reference.logits, labels=labels, mask=retained.mask, positions=self.kl_positions)
+        return kl_retain(logits, reference.logits, labels=labels, mask=retained.score_mask, positions=self.kl_positions)
 
     def _log(self, pl_module: LightningModule, name: str, value: Tensor) -> None:
         pl_module.log(f"unlearning/{name}", value.detach(), batch_size=1)

@@ -16,6 +16,11 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_cl.adapters import SlicedAdapters
+from lightning_cl.core.requests import Influence
+from lightning_cl.report.requests import write_request_report
+from lightning_cl.unlearning import Ledger
+from lightning_cl.unlearning.digest import digest_of
+from lightning_cl.unlearning.ledger import hash_of_ids
 from ranks import Ranks
 from toys import toy_data, trainer
 
@@ -227,11 +232,78 @@ def test_a_stopped_run_goes_on(trained, tmp_path):
 
 def test_a_process_that_dies_in_a_deletion_leaves_nothing(trained, tmp_path):
     """The request is on disk before the first file goes; who opens the folder next ends it."""
-    made = recipe(copied(trained, tmp_path))
-    row = made.rows(0, 0)[0]
-    (tmp_path / "forgotten.json").write_text(f"[{row}]")
-    assert not any(row in torch.load(file)["rows"] for file in recipe(tmp_path).folder.glob("*/*/*.pt"))
+    other = recipe(copied(trained, tmp_path / "other"))
+    row = other.rows(0, 0)[0]
+    other.forget([row])
+    made = recipe(copied(trained, tmp_path / "died"))
+    (tmp_path / "died" / "requests.jsonl").write_bytes((tmp_path / "other" / "requests.jsonl").read_bytes())
+    assert len(states(made)) == 12
+    assert not any(row in torch.load(file)["rows"] for file in recipe(tmp_path / "died").folder.glob("*/*/*.pt"))
     assert len(states(made)) == 12 - 3 - 1
+    # an object that was made before the other one's request does not read the row either
+    made.train = Guarded((row,))
+    made.fit(lambda: trainer(tmp_path))
+    assert made.forgotten == [row]
+
+
+# ---------------------------------------------------------------------- the ledger
+
+
+def digest(found: dict[str, dict[str, Tensor]]) -> str:
+    """The digest of checkpoints."""
+    return digest_of((f"{file}:{name}", value) for file, state in found.items() for name, value in state.items())
+
+
+def test_a_deletion_is_a_record_of_the_ledger(trained, tmp_path):
+    """Who asked for what, what went, and what is left: the digest is that of a run that never saw the row."""
+    made = recipe(copied(trained, tmp_path / "deleted"))
+    row = made.rows(1, 1)[0]
+    dropped = [str(file.relative_to(made.folder)) for file in made.forget([row, row], name="customer 17")]
+    (record,) = made.ledger.records
+    assert record == Ledger.read(made.folder / "requests.jsonl").records[0]
+    assert (record.name, record.method, record.asked, record.ids) == ("customer 17", "sliced-adapters", 1, [row])
+    assert record.ids_hash == hash_of_ids(torch.tensor([row]))
+    assert record.settings == SETTINGS | {"rows": 48, "seed": 0, "dropped": dropped}
+    assert record.influences == [Influence("SlicedAdapters", "checkpoints", "removed", len(dropped))]
+    assert (record.steps, record.stopped, record.reference_hash) == (0, None, None)
+    assert record.started <= record.ended
+    never = states(never_saw(tmp_path / "never", [row]))
+    assert record.weights_hash == digest(states(made)) == digest({file: never[file] for file in states(made)})
+    page = write_request_report(made.folder / "requests.jsonl", tmp_path / "report").read_text()
+    assert "customer 17" in page
+
+
+def test_requests_have_names_and_are_served_once(tmp_path):
+    """What was forgotten before is no part of a later record; a name stands for its rows."""
+    made = recipe(tmp_path)
+    made.forget([5, 3])
+    made.forget([3, 7], name="request 3")
+    made.forget([3, 7], name="request 3")
+    made.forget([5])
+    made.forget([9])
+    made.forget([], name="nobody")
+    records = recipe(tmp_path).ledger.records
+    assert [(r.name, r.asked, r.ids) for r in records] == [
+        ("request 1", 2, [3, 5]),
+        ("request 3", 2, [7]),
+        ("request 4", 1, [9]),
+        ("nobody", 0, []),
+    ]
+    assert recipe(tmp_path).forgotten == [3, 5, 7, 9]
+    with pytest.raises(ValueError, match="Request 'request 3' was served for other rows"):
+        made.forget([3, 11], name="request 3")
+    assert made.forgotten == [3, 5, 7, 9]
+
+
+def test_a_ledger_that_was_changed_is_refused(tmp_path):
+    """A line that is taken out would bring its rows back into the next training."""
+    made = recipe(tmp_path)
+    made.forget([5])
+    made.forget([3])
+    file = tmp_path / "requests.jsonl"
+    file.write_text(file.read_text().split("\n", 1)[1])
+    with pytest.raises(ValueError, match="does not follow the one before it"):
+        recipe(tmp_path)
 
 
 def test_answers_are_the_mean_over_shards(trained, tmp_path):
@@ -300,6 +372,10 @@ def test_two_ranks_equal_one_process(strategy, tmp_path, ranks):
     assert list(found) == list(expected) == ["shard-0/order-0/prefix-1.pt"]
     for key, value in found["shard-0/order-0/prefix-1.pt"].items():
         torch.testing.assert_close(value, expected["shard-0/order-0/prefix-1.pt"][key], atol=1e-5, rtol=1e-5)
+    # the rows that do not fill steps, and the one after training: told by both ranks, written once
+    ledger = recipe(tmp_path / "two", shards=1, slices=2, permutations=1, batch_size=4).ledger
+    assert [record.ids for record in ledger.records] == [record.ids for record in one.ledger.records]
+    assert ledger.records[1].settings["dropped"] == one.ledger.records[1].settings["dropped"]
     for answers in two:
         torch.testing.assert_close(answers, one.logits([toy_data(4).tensors[0]]), atol=1e-5, rtol=1e-5)
 

@@ -475,7 +475,7 @@ def evaluate_on_ranks(root: Path, devices: int, samples: int) -> None:
 @pytest.mark.distributed
 @pytest.mark.parametrize("samples", [20, 10, 4], ids=["uneven shares", "one sample each", "fewer samples than ranks"])
 def test_ranks_with_unlike_shares_measure_what_one_process_measures(samples: int, tmp_path: Path) -> None:
-    """Ten validation samples of a task on three ranks: no repeats, and no mean of means."""
+    """Validation samples of a task on three ranks: no mean of means, and two samples count alike on each."""
     assert exit_codes(functools.partial(evaluate_on_ranks, tmp_path, 3, samples), world_size=3) == [0, 0, 0]
     module = ToyModule()
     inputs, labels = toy_data(samples, seed=1).tensors
@@ -483,9 +483,5 @@ def test_ranks_with_unlike_shares_measure_what_one_process_measures(samples: int
     expected = [float(right[torch.isin(labels, torch.tensor(classes))].mean()) for classes in TASKS]
     for rank in range(3):
         matrix = torch.load(tmp_path / f"matrix-{rank}.pt")
-        if samples == 4:
-            # three ranks read two samples: one of them twice
-            assert ((matrix[1] >= 0) & (matrix[1] <= 1)).all()
-        else:
-            assert_rows(matrix, [expected[0], NAN], expected)
+        assert_rows(matrix, [expected[0], NAN], expected)
     assert (tmp_path / "lightning_logs" / "version_0" / "record.json").exists()

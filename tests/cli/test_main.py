@@ -145,7 +145,7 @@ def test_methods_lists_every_method_with_its_paper(capsys: pytest.CaptureFixture
     head, *rows = capsys.readouterr().out.splitlines()
     assert head.split() == ["name", "class", "family", "paper", "needs", "state", "strategies"]
     losses = methods_below(ForgetLoss)
-    assert [row.split()[0] for row in rows] == [*method_classes(), *losses]
+    assert [row.split()[0] for row in rows] == [*method_classes(), *losses, "sliced-adapters"]
     assert all("arXiv:" in row for row in rows)
 
 

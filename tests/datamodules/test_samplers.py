@@ -194,10 +194,16 @@ def test_evaluation_on_one_process_is_in_order_with_full_batches():
     assert batches == [list(range(100, 110)), list(range(110, 120)), [120, 121, 122]]
 
 
-def test_evaluation_of_fewer_rows_than_ranks_repeats_them():
-    """An empty batch would make a mean of nothing, which is NaN."""
-    ranks = [list(EvaluationSampler(np.array([7, 8]), batch_size=4, rank=r, world_size=5)) for r in range(5)]
-    assert [index.rows.tolist() for (index,) in ranks] == [[7], [8], [7], [8], [7]]
+@pytest.mark.parametrize(("batch_size", "batches"), [(4, [[7, 8, 9]]), (2, [[7, 8], [9]]), (1, [[7], [8], [9]])])
+def test_evaluation_of_fewer_rows_than_ranks_is_whole_on_each(batch_size, batches):
+    """An empty batch would make a mean of nothing, which is NaN; some rows read twice would weigh more than others."""
+    for rank in range(5):
+        read = EvaluationSampler(np.array([7, 8, 9]), batch_size=batch_size, rank=rank, world_size=5)
+        assert [index.rows.tolist() for index in read] == batches
+        assert len(read) == len(batches)
+        # as on one process, random transforms too
+        alone = EvaluationSampler(np.array([7, 8, 9]), batch_size=batch_size)
+        assert [index.seed for index in read] == [index.seed for index in alone]
 
 
 def test_lightning_puts_no_sampler_of_its_own():

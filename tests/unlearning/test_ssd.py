@@ -451,3 +451,52 @@ def test_two_ranks_end_where_one_process_ends(strategy: str, full: str, two_rank
     assert torch.equal(first[0], second[0])
     torch.testing.assert_close(first[0], expected, rtol=1e-5, atol=1e-6)
     assert first[1] == second[1] == counts[1]
+
+
+def edit_on_this_rank(root: Path, strategy: str, devices: int, forgotten: int, retained: int) -> tuple[Any, ...]:
+    """Forget the first rows of few; return the full weights, the count, and how many samples were measured."""
+    chosen = FSDP2Strategy(wrap=["Linear"]) if strategy == "fsdp2" else strategy
+    inputs, labels = (part[: forgotten + retained] for part in toy_data().tensors)
+    requests = [ForgetRequest("few", rows=list(range(forgotten)))]
+    data = UnlearningDataModule((inputs, labels), (inputs, labels), requests=requests, batch_size=2)
+    callback = method(root)
+    found = fit_stream(root, [callback], module=ToyModule(), stream=data, strategy=chosen, devices=devices)
+    before = callback.ledger.records[0].before
+    return found, callback.num_dampened, before["forget/samples"], before["retain/samples"]
+
+
+@pytest.fixture(scope="module")
+def three_ranks() -> Iterator[Ranks]:
+    """Three processes."""
+    ranks = Ranks(3)
+    yield ranks
+    ranks.close()
+
+
+def check_counts_alike(ranks: Ranks, root: Path, strategy: str, forgotten: int, retained: int) -> None:
+    """Check that all ranks end where the function ends on one process."""
+    expected, everything = ToyModule(), list(range(forgotten + retained))
+    count = dampen_(expected, batches(everything[:forgotten], 8), batches(everything, 8), alpha=1.2)
+    assert count > 0
+    for found, *counts in ranks.run(edit_on_this_rank, root, strategy, ranks.world_size, forgotten, retained):
+        torch.testing.assert_close(found, weights(expected), rtol=1e-5, atol=1e-6)
+        # `method` measures four samples of a set at most
+        assert counts == [count, min(forgotten, 4), min(retained, 4)]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("strategy", "forgotten", "retained"), [("ddp", 1, 5), ("fsdp2", 5, 7)])
+def test_every_sample_counts_alike_on_two_ranks(
+    strategy: str, forgotten: int, retained: int, two_ranks: Ranks, tmp_path: Path
+) -> None:
+    """Numbers that ranks and batches do not divide: a mean over samples, as on one process."""
+    check_counts_alike(two_ranks, tmp_path, strategy, forgotten, retained)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("strategy", "forgotten", "retained"), [("fsdp2", 2, 7), ("ddp", 4, 2)])
+def test_every_sample_counts_alike_on_more_ranks_than_samples(
+    strategy: str, forgotten: int, retained: int, three_ranks: Ranks, tmp_path: Path
+) -> None:
+    """Two samples on three ranks, to forget or retained: none weighs double."""
+    check_counts_alike(three_ranks, tmp_path, strategy, forgotten, retained)

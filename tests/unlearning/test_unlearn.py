@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
@@ -121,6 +122,39 @@ def test_adapters_off_are_the_original_model(tmp_path: Path) -> None:
 
     without_copy = run("off", reference="peft_disabled", anchor="original")
     torch.testing.assert_close(without_copy, run("copy", reference="copy"), rtol=0, atol=1e-6)
+
+
+class Headed(LoraToy):
+    """Adapters in the first layer, and a head that is trained whole, as PEFT keeps it or by itself."""
+
+    def __init__(self, *, by_peft: bool) -> None:
+        super().__init__(learning_rate=0.02)
+        network = ToyModule().model
+        saved = ["3"] if by_peft else None
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.model = get_peft_model(network, LoraConfig(r=2, target_modules=["0"], modules_to_save=saved))
+        if not by_peft:
+            self.model.base_model.model[3].requires_grad_(True)
+
+
+def test_a_head_that_trains_beside_the_adapters_is_no_original(tmp_path: Path) -> None:
+    """It is refused before a step, for it would move the reference; one that PEFT keeps is switched off with them."""
+
+    def run(name: str, module: Any, **settings: Any) -> Tensor:
+        data = UnlearningDataModule(toy_data(), batch_size=8, epochs_per_request=3, requests=[CLASS_0])
+        trainer(tmp_path / name, [Unlearn("npo", **settings)]).fit(module, datamodule=data)
+        return weights(module)
+
+    off: dict[str, Any] = {"reference": "peft_disabled", "anchor": "original"}
+    found = run("off", Headed(by_peft=True), **off)
+    torch.testing.assert_close(found, run("copy", Headed(by_peft=True), reference="copy"), rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match=r"'model.base_model.model.3.bias'\] train beside them: the reference would"):
+        run("beside", Headed(by_peft=False), **off)
+    biased = LoraToy()
+    biased.model.base_model.model[0].base_layer.bias.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"model.0.base_layer.bias'\] train beside them"):
+        run("bias", biased, **off)
 
 
 def test_the_original_model_stays_the_reference(tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ class DPO(ForgetLoss):
         \ell_b = \sum_{t \in S_b} -\log p(y_{b,t+1})
 
     with w the preferred answer, which the batch brings as ``alternate_input_ids``, ``alternate_attention_mask`` and
-    ``alternate_labels``, and l the batch's own. The reference model reads both in every step.
+    ``alternate_labels``, and l the batch's own. Of the reference it needs one number for each of the two. They may be
+    computed once, so the preferred answer to a sample must be the same whenever it is read.
 
     Args:
         beta: :math:`\beta`, above 0.
@@ -37,9 +38,9 @@ class DPO(ForgetLoss):
         family="unlearning",
         paper="Rafailov et al. 2023, arXiv:2305.18290; Maini et al. 2024, arXiv:2401.06121",
         needs="labels; another answer to each prompt; the negative log-likelihoods of a reference model",
-        state="a second model, or adapters that can be disabled",
+        state="2 numbers per forgotten row, or a second model",
     )
-    reference: ClassVar[Literal["none", "sequences", "scores"]] = "scores"
+    reference: ClassVar[Literal["none", "sequences", "scores"]] = "sequences"
 
     def __init__(self, beta: float = 0.1) -> None:
         check_positive("beta", beta)

@@ -44,4 +44,4 @@ class ULD(ForgetLoss):
 
     @override
     def retain_term(self, retain: Outputs, reference: Outputs | None) -> Tensor:
-        return uniform_divergence(retain.predictions[0], retain.mask)
+        return uniform_divergence(retain.predictions[0], retain.score_mask)

@@ -25,7 +25,8 @@ class UNDIAL(ForgetLoss):
     epochs do no harm, and a retain term may be left out.
 
     Args:
-        beta: :math:`\beta`, what is taken off the true token's logit; above 0.
+        beta: :math:`\beta`, what is taken off the true token's logit; above 0. Where the true one leads by more than
+            this, it stays the answer of the target too.
 
     Raises:
         ValueError: If ``beta`` is not above 0.
