@@ -13,7 +13,8 @@ from lightning_cl.cli.compare import callback_entries
 from lightning_cl.cli.lightning import run
 from lightning_cl.core.requests import ForgetRequest
 from lightning_cl.report.requests import write_request_report
-from lightning_cl.unlearning.ledger import Ledger
+from lightning_cl.strategies.checkpoint import read_common
+from lightning_cl.unlearning.ledger import Ledger, RequestRecord
 from lightning_cl.unlearning.request_callback import RequestCallback
 
 __all__ = ["SaveAtEnd", "read_requests", "unlearn"]
@@ -57,15 +58,19 @@ def unlearn(
         The page of the ledger.
 
     Raises:
-        ValueError: If the config has no data that take requests, or nothing that serves them, or no request is new.
+        ValueError: If the config has no data that take requests, or nothing that serves them, no request is new, or the
+            ledger in ``output`` is not that of the checkpoint, or lacks the last of its records.
     """
     folder = Path(output)
     settings = yaml.safe_load(Path(config).read_text())
     data = (settings.get("data") or {}).get("init_args")
     if not isinstance(data, dict):
         raise ValueError(f"{config} must name its data by `data: {{class_path: ..., init_args: ...}}`.")
+    last = folder / "model.ckpt"
+    if checkpoint is None and last.exists():
+        checkpoint = last
     ledger, own = folder / _LEDGER, data.get("requests") or []
-    served = {record.name for record in Ledger.read(ledger).records} if ledger.exists() else set()
+    served = {record.name for record in _ledger_of(checkpoint).check_written(ledger, f"{checkpoint}").records}
     # as they were served, so that the stream is the one that the checkpoint was written in
     earlier = [entry for entry in _requests_of(folder / _CONFIG) or own if entry["name"] in served]
     own = [entry for entry in own if entry["name"] not in served]
@@ -74,9 +79,6 @@ def unlearn(
         raise ValueError(f"All requests of {requests} are in the ledger {ledger}: there is nothing to do.")
     usual = epochs or data.get("epochs_per_request") or 1
     data["requests"] = [*earlier, *own, *({"epochs": usual, **_entry(request)} for request in new)]
-    last = folder / "model.ckpt"
-    if checkpoint is None and last.exists():
-        checkpoint = last
     if checkpoint is not None:
         settings["ckpt_path"] = str(checkpoint)
     trainer = settings["trainer"] = settings.get("trainer") or {}
@@ -106,6 +108,15 @@ class SaveAtEnd(Callback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trainer.save_checkpoint(self.path)
+
+
+def _ledger_of(checkpoint: str | Path | None) -> Ledger:
+    """Return the ledger in a checkpoint, an empty one if there is no checkpoint on this machine, or none in it."""
+    if checkpoint is None or not Path(checkpoint).exists():
+        return Ledger()
+    states = read_common(checkpoint).get("callbacks", {}).values()
+    lines: list[str] = next((state["ledger"] for state in states if isinstance(state, dict) and "ledger" in state), [])
+    return Ledger([RequestRecord.from_json(line) for line in lines])
 
 
 def _requests_of(config: Path) -> list[dict[str, Any]]:

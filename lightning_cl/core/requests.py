@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -80,6 +80,10 @@ class Influence:
 class RequestStream(Protocol):
     """What a stream with requests offers while it serves one."""
 
+    @property
+    def tasks(self) -> Sequence[Task]:
+        """The tasks of the stream, in order."""
+
     def request_of(self, task: Task) -> ForgetRequest:
         """Return the request that a task of the kind ``"forget"`` serves."""
 
@@ -96,6 +100,9 @@ class RequestStream(Protocol):
             sample_ids: Identities, int64 [n]; the same on all ranks.
             batch_size: Samples of a rank's batch; that of training if ``None``.
         """
+
+    def read_raw(self, sample_ids: Tensor) -> Iterator[Any]:
+        """Read samples of the training data one by one as the dataset gives them; of rows that it has not, none."""
 
     def requested(self, task: Task) -> int:
         """Return how many samples the request of ``task`` names, also those that were not learned."""

@@ -97,6 +97,10 @@ class IdentifiedSamples:
         """
         return self.samples.in_order(sample_ids, batch_size or self.batch_size, **self._ranks())
 
+    def read_raw(self, sample_ids: Tensor) -> Iterator[Any]:
+        """Read samples of the training data one by one as the dataset gives them; of rows that it has not, none."""
+        return self.samples.raw(sample_ids)
+
     def requested(self, task: Task) -> int:
         """Return how many samples the request of ``task`` names, also those that were not learned."""
         return self.plan.plans[task.index].requested

@@ -39,10 +39,16 @@ def requested_rows(request: ForgetRequest, train: Split) -> np.ndarray:
         columns = {name: (read_column(train.dataset, name), values) for name, values in (request.where or {}).items()}
     for name, (column, values) in columns.items():
         if column is None:
-            raise ValueError(f"Request {request.name!r} names `classes`, but the training data has no labels.")
+            raise ValueError(
+                f"Request {request.name!r} names `classes`, but the training data has no labels that can be found. Name"
+                " their key or position in a sample with `label`, or give the dataset an integer attribute `targets`."
+            )
         for value in values:
             if not (column == value).any():
-                raise ValueError(f"Request {request.name!r} names {value!r} of `{name}`, which no training sample has.")
+                raise ValueError(
+                    f"Request {request.name!r} names {value!r} of `{name}`, which no training sample has. Where samples"
+                    " were deleted since it was served, keep placeholders in their rows, with the column."
+                )
         chosen &= np.isin(column, values)
     return np.flatnonzero(chosen)
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_cl.core.rng import derived_seed
+from lightning_cl.core.rng import derived_seed, isolated_rng
 from lightning_cl.core.task import Task
 from lightning_cl.datamodules.batches import batch_reader
 from lightning_cl.datamodules.loader import BatchDataset, RequestDataset, TaskLoader
@@ -40,6 +40,7 @@ class TrainingSamples:
         self.labels = split.labels
         self._size = len(split)
         self._plan = plan
+        self._dataset: Any = split.dataset
         self._reader = batch_reader(split.dataset, collate_fn)
         self._seed = seed
 
@@ -114,6 +115,14 @@ class TrainingSamples:
         dataset = BatchDataset(self._reader)
         for index, batch in zip(ordered, TaskLoader(dataset, ordered), strict=True):
             yield batch, torch.from_numpy(np.ascontiguousarray(index.rows))
+
+    def raw(self, sample_ids: Tensor) -> Iterator[Any]:
+        """Yield samples of tasks without transforms as the dataset gives them; of rows that it has not, none."""
+        for row in sample_ids[sample_ids < self._size].tolist():
+            # one that is augmented at random looks the same each time
+            with isolated_rng(0):
+                sample = self._dataset[row]
+            yield sample
 
     def _first_id(self, task: int) -> int:
         # a task that shows the rows in its own way makes other samples of them, the same ones at each visit

@@ -377,7 +377,8 @@ class TaskStreamDataModule(IdentifiedSamples, LightningDataModule):
         if not self.plan.continues(state_dict["stream"]):
             raise ValueError(
                 "The checkpoint is of another stream: the training data, `scenario`, `seed`, `epochs_per_task` and"
-                " `steps_per_task` must be those of the saved run, and further `requests` must come after its end."
+                " `steps_per_task` must be those of the saved run, and further `requests` must come after its end. Rows"
+                " that were deleted from the data must stay as placeholders."
             )
         self._position = {key: int(state_dict[key]) for key in ("epoch", "batches", "samples")}
         if self._loader is not None and self._position["epoch"] == 0:

@@ -90,6 +90,7 @@ def write_request_report(
         views=views,
         tables=tables,
         image=image,
+        percent=_percent,
         colors=lambda score: cell_colors(score, (0.0, 1.0)),
         last_hash=records[-1].hash,
         when=_when,
@@ -102,7 +103,8 @@ def write_request_report(
 def request_matrix(records: Sequence[RequestRecord], score: str) -> list[list[float | None]]:
     """Return ``A[i][j]``, a score on the samples of request ``j`` after request ``i`` was served.
 
-    ``None`` where it was not measured, as above the diagonal, where request ``j`` was not served yet.
+    ``None`` where it was not measured, or was no number, as of a model that is destroyed, and above the diagonal, where
+    request ``j`` was not served yet.
 
     Args:
         records: Of a ledger, in its order.
@@ -111,7 +113,8 @@ def request_matrix(records: Sequence[RequestRecord], score: str) -> list[list[fl
     rows: list[list[float | None]] = []
     for i, record in enumerate(records):
         names = [*(f"request:{other.name}" for other in records[:i]), "forget"]
-        rows.append([*(record.after.get(f"{name}/{score}") for name in names), *[None] * (len(records) - i - 1)])
+        found = [_number(record.after.get(f"{name}/{score}")) for name in names]
+        rows.append([*found, *[None] * (len(records) - i - 1)])
     return rows
 
 
@@ -176,7 +179,7 @@ class _View:
         for key, label in names.items():
             if key in self.record.before or key in self.record.after:
                 values = (source.get(key) for source in (self.record.before, self.record.after, self.retrained))
-                before, after, reference = ("–" if value is None else f"{100 * value:.1f} %" for value in values)
+                before, after, reference = map(_percent, values)
                 found.append((label, before, after, reference))
         return found
 
@@ -192,8 +195,18 @@ class _View:
 
     def fall(self, key: str) -> float | None:
         """Return how much a measurement fell, ``None`` if it was not made before and after."""
-        before, after = self.record.before.get(key), self.record.after.get(key)
+        before, after = _number(self.record.before.get(key)), _number(self.record.after.get(key))
         return None if before is None or after is None else before - after
+
+
+def _number(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else value
+
+
+def _percent(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{100 * value:.1f} %" if math.isfinite(value) else "no number"
 
 
 def _when(moment: str) -> str:
@@ -205,13 +218,20 @@ def _text(value: Any) -> str:
     if value is None:
         return "–"
     if isinstance(value, float):
-        return f"{value:.6g}"
+        return f"{value:.6g}" if math.isfinite(value) else "no number"
     return ", ".join(f"{k}: {_text(v)}" for k, v in value.items()) if isinstance(value, Mapping) else str(value)
 
 
 def _verdict(record: RequestRecord, retrained: Mapping[str, float]) -> _Verdict:
     """Hold the attacker's chance against the retrained model's, or against one half, allowing for few samples."""
-    before, after = record.before.get(AUC), record.after.get(AUC)
+    if not record.before and not record.after:
+        return _Verdict(
+            "none",
+            "Not measured",
+            "Nothing was measured. What this record shows is what was removed: see below what became of everything that"
+            " was kept of the samples.",
+        )
+    before, after = _number(record.before.get(AUC)), _number(record.after.get(AUC))
     if before is None or after is None:
         return _Verdict(
             "none",

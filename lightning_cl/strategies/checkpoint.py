@@ -30,7 +30,7 @@ from lightning_cl.strategies.checkpoint_files import SystemErrors, abandon, begi
 from lightning_cl.strategies.checkpoint_ranks import cpu_group, on_all_ranks, together
 from lightning_cl.strategies.checkpoint_tree import Parts, check_same, empty_shards, joined, taken_apart
 
-__all__ = ["PendingWrite", "is_complete", "read_rest", "read_tensors", "write_file", "write_folder"]
+__all__ = ["PendingWrite", "is_complete", "read_common", "read_rest", "read_tensors", "write_file", "write_folder"]
 
 _REST = "rest.pt"
 _SHARDS = "shards_of_rest"  # beside the names of `tensors` in the files of torch.distributed.checkpoint
@@ -199,6 +199,21 @@ def read_rest(path: str | os.PathLike[str], mesh: DeviceMesh, *, weights_only: b
     if tensors:
         _read({_SHARDS: {str(index): tensor for index, tensor in enumerate(tensors)}}, shards, group, path)
     return joined(parts, tensors, values)
+
+
+def read_common(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return what any process can read of a checkpoint, without a strategy: of a folder what rank 0 alone wrote.
+
+    It is unpickled: read only checkpoints that you trust.
+
+    Raises:
+        FileNotFoundError: If there is no checkpoint at ``path``.
+        ValueError: If it is not complete.
+    """
+    place, of_lightning = Path(path), Path(path) / "meta.pt"
+    if place.is_dir() and not of_lightning.is_file():
+        return dict(_load(read_manifest(place)[0] / _REST, False, mmap=False)["common"])
+    return dict(_load(of_lightning if place.is_dir() else place, False, mmap=True))
 
 
 def read_tensors(path: str | os.PathLike[str], into: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from lightning_cl.unlearning.losses import (
 )
 from lightning_cl.unlearning.probing import LayerProbe, linear_probe, probe_layers
 from lightning_cl.unlearning.relearning import Relearning, relearning_attack
-from lightning_cl.unlearning.request_callback import RequestCallback
+from lightning_cl.unlearning.request_callback import RequestCallback, RequestSettings
 from lightning_cl.unlearning.ssd import SelectiveSynapticDampening, dampen_
 from lightning_cl.unlearning.task_vector import TaskVectorNegation, negate_task_vector_
 from lightning_cl.unlearning.unlearn import Unlearn
@@ -43,6 +43,7 @@ __all__ = [
     "Relearning",
     "RequestCallback",
     "RequestRecord",
+    "RequestSettings",
     "SatImp",
     "SelectiveSynapticDampening",
     "SimNPO",

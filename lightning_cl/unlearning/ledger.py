@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -37,6 +38,8 @@ class RequestRecord:
         asked: Samples that the request named, also those that were not learned or forgotten before.
         ids: Identities of the samples that were forgotten; empty where the user's own loaders gave none.
         ids_hash: Of :func:`hash_of_ids`; ``""`` where there are no identities.
+        samples_hash: Of :func:`~lightning_cl.unlearning.digest.digest_of_samples`, of what the forgotten samples held;
+            ``""`` where there are no identities.
         method: Card name or class of the method.
         settings: Its settings.
         seed: Seed of what it drew.
@@ -46,7 +49,7 @@ class RequestRecord:
         ended: When it ended.
         steps: Optimizer steps.
         stopped: Why it ended before its last step, ``None`` if it did not.
-        before: Measurements before it, by name.
+        before: Measurements before it, by name; NaN, or infinite until it is written, where there was no number.
         after: The same after it.
         influences: What became of the state of other callbacks.
         previous: Hash of the record before it, ``""`` for the first: a record that is changed later breaks the chain.
@@ -56,6 +59,7 @@ class RequestRecord:
     asked: int
     ids: list[int]
     ids_hash: str
+    samples_hash: str
     method: str
     settings: dict[str, Any]
     seed: int
@@ -81,8 +85,11 @@ class RequestRecord:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def to_json(self) -> str:
-        """Return the record as one line of JSON, with sorted keys."""
-        return json.dumps(asdict(self), sort_keys=True, ensure_ascii=False)
+        """Return the record as one line of JSON, with sorted keys and null for a measurement that is no number."""
+        values = asdict(self)
+        for name in ("before", "after"):
+            values[name] = {key: value if math.isfinite(value) else None for key, value in values[name].items()}
+        return json.dumps(values, sort_keys=True, ensure_ascii=False, allow_nan=False)
 
     @staticmethod
     def from_json(line: str) -> RequestRecord:
@@ -93,9 +100,11 @@ class RequestRecord:
         """
         try:
             values = json.loads(line)
+            for name in ("before", "after"):
+                values[name] = {key: math.nan if value is None else value for key, value in values[name].items()}
             values["influences"] = [Influence(**influence) for influence in values["influences"]]
             return RequestRecord(**values)
-        except (TypeError, KeyError, json.JSONDecodeError) as error:
+        except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"No record of a request: {line[:80]!r} ({error}).") from None
 
 
@@ -157,6 +166,36 @@ class Ledger:
         # as lines, because a measurement that is no number equals nothing
         mine, theirs = ([record.to_json() for record in ledger._records] for ledger in (self, other))
         return mine == theirs[: len(mine)]
+
+    def check_written(self, path: str | Path, source: str) -> Ledger:
+        """Return the ledger in a file, which has all of these records in their places, and may go on.
+
+        It goes on if the run went on from an earlier checkpoint, or died after a request and before the next one.
+
+        Args:
+            path: The file; without it the records are returned as they are, for they are to be written there.
+            source: What holds these records, for the error.
+
+        Raises:
+            ValueError: If the file lacks the last of the records, or holds others.
+        """
+        if not Path(path).exists():
+            return self
+        written = Ledger.read(path)
+        if written.starts(self) and len(written) < len(self):
+            missing = ", ".join(repr(record.name) for record in self.records[len(written) :])
+            raise ValueError(
+                f"The ledger {str(path)!r} lacks the last records that {source} has, of {missing}: they were taken out,"
+                " or not written by a run that died. Put back the whole file; or move it away, and it is written anew"
+                f" from {source}."
+            )
+        if not self.starts(written):
+            raise ValueError(
+                f"The ledger {str(path)!r} holds records of another run, or changed ones: they are not those that"
+                f" {source} has. Put back the file of this run, name another one, or go on from a checkpoint of that"
+                " run."
+            )
+        return written
 
     @staticmethod
     def read(path: str | Path) -> Ledger:

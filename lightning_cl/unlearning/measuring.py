@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
@@ -32,6 +33,12 @@ class Scores:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def once(self) -> Scores:
+        """Return the scores of each identity once; every rank reads the whole of a set of fewer samples than ranks."""
+        first = torch.from_numpy(np.unique(self.ids.numpy(), return_index=True)[1])
+        rows = torch.stack([self.probability, self.accuracy, self.loss, self.nll_sum], 1)
+        return Scores(rows[first], torch.stack([self.ids, self.labels], 1)[first])
 
 
 def score_samples(

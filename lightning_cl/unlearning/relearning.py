@@ -67,9 +67,11 @@ def relearning_attack(
 
     Args:
         pl_module: The unlearned module.
-        batches: Training batches of forgotten samples, read once and repeated in their order.
+        batches: Training batches of forgotten samples, read once and repeated in their order. With retained samples
+            beside them, the attack does not lose again what it brings back.
         score: Returns how much the module it is given still knows, high = known (an accuracy; a negated loss). It is
-            called in evaluation mode without gradients, and leaves no trace.
+            called in evaluation mode without gradients, and leaves no trace. Of a class that was forgotten, let it
+            count other classes as well: a module shown nothing but that class soon answers with it always.
         threshold: Score that counts as recovered, such as the one before unlearning.
         max_steps: Training batches.
         every_n_steps: Batches between two measurements.

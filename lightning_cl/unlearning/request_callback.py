@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from abc import abstractmethod
 from datetime import datetime, timezone
 from itertools import count
@@ -25,21 +26,38 @@ from lightning_cl.core.state import reshard
 from lightning_cl.core.task import Task
 from lightning_cl.functional.reset_state import reset_state
 from lightning_cl.unlearning.digest import digest_of
+from lightning_cl.unlearning.learning_rate import ScaledLearningRate
 from lightning_cl.unlearning.ledger import Ledger, RequestRecord, hash_of_ids
 from lightning_cl.unlearning.measuring import Scores, measured, score_samples
 from lightning_cl.unlearning.reading import OutputReader
+from lightning_cl.unlearning.served import check_served, hash_of_samples
 
 __all__ = ["RequestCallback", "RequestSettings"]
 
 
 class RequestSettings(TypedDict, total=False):
-    """Settings of :class:`RequestCallback` that its subclasses take as they are."""
+    """Settings of :class:`RequestCallback` that its subclasses take as they are.
+
+    Attributes:
+        ledger_file: File of JSON Lines that gets the records. Give one to carry a model's ledger from run to run: its
+            records count as served. ``requests.jsonl`` in the logger's folder if ``None``.
+        measure_samples: Samples of each set that is measured, at most; at least 1.
+        logits: Name of the submodule that returns the class scores; found by itself in most modules.
+        batch_adapter: Reads batches of an uncommon structure.
+        seed: Seed of what is drawn.
+        learning_rate_factor: What the optimizers' learning rate is multiplied by in the steps of a request; above 0. To
+            forget often takes a tenth of the rate of learning.
+        erased: Names of served requests whose samples were since erased from the data, with placeholders in their rows:
+            these are still left out, but neither compared with the ledger nor measured.
+    """
 
     ledger_file: str | None
     measure_samples: int
     logits: str | None
     batch_adapter: BatchAdapter | None
     seed: int
+    learning_rate_factor: float
+    erased: list[str]
 
 
 class RequestCallback(ContinualCallback):
@@ -54,19 +72,15 @@ class RequestCallback(ContinualCallback):
     forget alone. There are no identities then, so that nothing can be purged or measured, and every fit is served.
 
     Args:
-        ledger_file: File of JSON Lines that gets the records. Give one to carry a model's ledger from run to run: its
-            records count as served. ``requests.jsonl`` in the logger's folder if ``None``.
-        measure_samples: Samples of each set that is measured, at most; at least 1.
-        logits: Name of the submodule that returns the class scores; found by itself in most modules.
-        batch_adapter: Reads batches of an uncommon structure.
-        seed: Seed of what is drawn.
+        settings: Those of :class:`RequestSettings`.
 
     Attributes:
         ledger: The requests served so far.
 
     Raises:
-        ValueError: For a setting out of range; at the start of a fit beside another callback that serves requests, or
-            if the file holds a ledger that is not this run's.
+        ValueError: For a setting out of range; at the start of a fit beside another callback that serves requests, if
+            the file holds a ledger that is not this run's or lacks records, or if the data no longer hold the samples
+            of a served request where it names them, or still hold them and no request of the stream names them.
     """
 
     acts_on: ClassVar[tuple[Literal["learn", "forget"], ...]] = ("forget",)
@@ -81,14 +95,20 @@ class RequestCallback(ContinualCallback):
         self.logits = settings.get("logits")
         self.adapter = settings.get("batch_adapter") or BatchAdapter()
         self.seed = settings.get("seed", 0)
+        self.learning_rate_factor = settings.get("learning_rate_factor", 1.0)
+        self.erased = list(settings.get("erased") or ())
         check_positive("measure_samples", self.measure_samples)
         check_positive("seed", self.seed, zero_allowed=True)
+        check_positive("learning_rate_factor", self.learning_rate_factor)
         self.ledger = Ledger()
         self.stopped: str | None = None
         self.reference_hash: str | None = None
         self._open: dict[str, Any] | None = None
         self._reader: OutputReader | None = None
         self._restored = False
+        self._learning_rate = ScaledLearningRate(self.learning_rate_factor)
+        # of each served request that is measured again
+        self._served_ids: dict[str, Tensor] = {}
 
     # ------------------------------------------------------------------ for subclasses
 
@@ -134,23 +154,24 @@ class RequestCallback(ContinualCallback):
             # what an error left open in an earlier fit
             self._open, self.stopped, self.skips_steps = None, None, False
         path = self._path(trainer)
-        written = Ledger.read(path) if path.exists() else Ledger()
-        if self.ledger_file is not None and not self._restored and not len(self.ledger):
-            self.ledger = written
-        if not self.ledger.starts(written) and not written.starts(self.ledger):
-            raise ValueError(
-                f"`ledger_file={str(path)!r}` holds records of another run. Name another file, or resume from a"
-                " checkpoint of that run."
-            )
+        if self.ledger_file is not None and not self._restored and not len(self.ledger) and path.exists():
+            self.ledger = Ledger.read(path)
+        source = "the checkpoint" if self._restored else "this callback"
+        written = self.ledger.check_written(path, source)
         if not self._restored and not len(self.ledger) and len(written):
             raise ValueError(
                 f"{str(path)!r} holds the ledger of an earlier run. To go on with it give it as `ledger_file`; else"
                 " move it away."
             )
+        if (stream := _stream(trainer)) is not None:
+            self._served_ids = check_served(trainer, stream, self.ledger, self._open, self.erased)
+        if self._open is not None:
+            self._learning_rate.start(trainer.optimizers)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._reader, self._restored = None, False
+        self._learning_rate.end()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -185,30 +206,27 @@ class RequestCallback(ContinualCallback):
     def on_task_start(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
         stream = _stream(trainer)
         ids = torch.empty(0, dtype=torch.int64) if stream is None else stream.forgotten_ids(task)
-        ids_hash = "" if stream is None else hash_of_ids(ids)
         name = task.name if stream is not None else self._name_of_fit(task)
         served = self.ledger.find(name)
         self.stopped, self._open, self.skips_steps = None, None, True
         if served is not None:
-            if served.ids_hash != ids_hash:
-                raise ValueError(
-                    f"Request {task.name!r} was served for other samples ({served.num_ids}, now {len(ids)}). Give the"
-                    " new one a name of its own."
-                )
             rank_zero_warn(f"Request {task.name!r} was served on {served.ended} and is not served again.")
             return
         asked = 0 if stream is None else stream.requested(task)
         self._open = {"name": name, "asked": asked, "ids": ids, "started": _now(), "step": trainer.global_step}
+        self._open["samples_hash"] = "" if stream is None else hash_of_samples(trainer, stream, ids)
         self._open["influences"] = []
         for callback in continual_callbacks(trainer):
             self._open["influences"] += [_entry(i) for i in callback.forget_samples(trainer, pl_module, ids)]
         self._open["before"] = self.measure(trainer, pl_module, task)
         self._reset_optimizers(trainer)
         self.skips_steps = self.edits_at_once
+        self._learning_rate.start(trainer.optimizers)
         self.serve_start(trainer, pl_module, task)
 
     @override
     def on_task_end(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
+        self._learning_rate.end()
         if self._open is not None:
             self.serve_end(trainer, pl_module, task)
             reshard(pl_module)
@@ -232,6 +250,7 @@ class RequestCallback(ContinualCallback):
             asked=self._open["asked"],
             ids=ids.tolist(),
             ids_hash=hash_of_ids(ids) if len(ids) else "",
+            samples_hash=self._open["samples_hash"],
             method=self.method_name(),
             settings=self.describe(),
             seed=self.request_seed,
@@ -247,6 +266,7 @@ class RequestCallback(ContinualCallback):
             previous=self.ledger.last_hash,
         )
         self.ledger.append(record)
+        self._served_ids[record.name] = ids
         # the logger's folder is agreed on by all ranks
         path = self._path(trainer)
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -270,8 +290,8 @@ class RequestCallback(ContinualCallback):
     def measure(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> dict[str, float]:
         """Return :func:`~lightning_cl.unlearning.measuring.measured` of the forgotten, the retained, the held out.
 
-        The samples of each request served before are a set of their own, ``request:<name>``, so that what was forgotten
-        once can be seen to come back.
+        The samples of each request served before that the stream names are a set of their own, ``request:<name>``, so
+        that what was forgotten once can be seen to come back.
         """
         stream = _stream(trainer)
         if stream is None:
@@ -279,8 +299,8 @@ class RequestCallback(ContinualCallback):
         sets = {"forget": self.sample_ids(stream.forgotten_ids(task), "forget")}
         if len(retained := stream.retained_ids(task)):
             sets["retain"] = self.sample_ids(retained, "retain")
-        for record in self.ledger.records:
-            sets[f"request:{record.name}"] = self.sample_ids(torch.tensor(record.ids), "forget")
+        for name, ids in self._served_ids.items():
+            sets[f"request:{name}"] = self.sample_ids(ids, "forget")
         scores = {name: self.score(trainer, pl_module, ids) for name, ids in sets.items() if len(ids)}
         n = self.measure_samples
         holdout = ((b, torch.full((self.adapter.size(b),), -1)) for b in stream.read_holdout(task, n))
@@ -296,7 +316,7 @@ class RequestCallback(ContinualCallback):
         """Return the scores of training samples, over all ranks."""
         stream = _stream(trainer)
         assert stream is not None
-        return score_samples(trainer, pl_module, self.reader, stream.read_samples(ids))
+        return score_samples(trainer, pl_module, self.reader, stream.read_samples(ids)).once()
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -334,6 +354,9 @@ def _now() -> str:
 
 def _plain(value: Any) -> Any:
     """Return a setting as plain values: of an object its class and its own settings."""
+    if isinstance(value, float) and not math.isfinite(value):
+        # JSON has no such number
+        return str(value)
     if value is None or isinstance(value, (str, int, float, bool)):
         return value
     if isinstance(value, (list, tuple)):

@@ -133,7 +133,7 @@ class SelectiveSynapticDampening(RequestCallback):
         n_samples: Retained samples to measure on, over all ranks; all if ``None``. They stand for the others.
         include: Patterns (as in :mod:`fnmatch`) of the parameters to dampen; all trainable ones if ``None``.
         exclude: Patterns of parameters to leave alone.
-        settings: Those of :class:`~lightning_cl.unlearning.RequestCallback`.
+        settings: Those of :class:`~lightning_cl.unlearning.RequestSettings`.
 
     Attributes:
         num_dampened: Weights that the last request dampened.

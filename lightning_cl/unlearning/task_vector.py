@@ -91,7 +91,7 @@ class TaskVectorNegation(RequestCallback):
 
     Args:
         alpha: :math:`\alpha`, how far to go; above 0. It is best chosen by what is left of the utility.
-        settings: Those of :class:`~lightning_cl.unlearning.RequestCallback`.
+        settings: Those of :class:`~lightning_cl.unlearning.RequestSettings`.
 
     Raises:
         ValueError: If ``alpha`` is not above 0; at the start of a fit for adapters that no factor makes linear

@@ -121,3 +121,19 @@ def test_a_run_that_dies_has_served_nothing(learned: Path, monkeypatch: pytest.M
     assert not Path("model/requests.jsonl").exists()
     main(arguments)
     assert [record.name for record in Ledger.read("model/requests.jsonl").records] == ["customer"]
+
+
+def test_a_ledger_without_its_last_record(learned: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The model's checkpoint has it: an error before anything runs; without the file it is written anew."""
+    arguments = ["unlearn", "run.yaml", "--request", "second.json", "--output", "model"]
+    main(["unlearn", "run.yaml", "--request", "first.yaml", "--checkpoint", str(learned), "--output", "model"])
+    ledger = Path("model/requests.jsonl")
+    line = ledger.read_text()
+    ledger.write_text("")
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert "lacks the last records that model/model.ckpt has, of 'digit 3'" in capsys.readouterr().err
+    ledger.unlink()
+    main(arguments)
+    assert ledger.read_text().startswith(line)
+    assert [record.name for record in Ledger.read(ledger).records] == ["digit 3", "customer"]

@@ -25,6 +25,7 @@ def make_ledger(*changes: dict) -> Ledger:
             "asked": 120,
             "ids": list(range(100)),
             "ids_hash": f"hash of ids {position}",
+            "samples_hash": f"hash of content {position}",
             "method": "npo",
             "settings": {"measure_samples": 64, "method": {"class": "NPO", "beta": 0.1}},
             "seed": 5,
@@ -122,6 +123,21 @@ def test_a_set_that_was_not_measured_again_is_not_called_gone(tmp_path) -> None:
     assert "they may have come back" in pages[0].text
 
 
+def test_measurements_that_are_no_numbers(tmp_path) -> None:
+    """Of a model that was destroyed: they stand as such, and nothing is made of them."""
+    nan = float("nan")
+    changes = [{"after": {**measured(nan), "retain/accuracy": nan, "own": nan}}, {"after": measured(0.2)}]
+    overview, pages = report(tmp_path, *changes)
+    assert overview.tables[0][1][4:8] == ["90.0 %", "no number", "87.5 %", "no number"]
+    assert overview.tables[-1][1:] == [["request 0", "–", "–"], ["request 1", "–", "0.200"], ["Came back", "–", "–"]]
+    rows = next(table for table in pages[0].tables if table[0][0] == "Measured")
+    assert rows[1] == ["Right answers on the forgotten samples", "90.0 %", "no number"]
+    assert ["own", "–", "no number"] in next(table for table in pages[0].tables if table[0][0] == "Name")
+    assert "percentage points" not in pages[0].text
+    assert "as many of the kept samples" not in pages[0].text
+    assert "nan" not in pages[0].text + overview.text
+
+
 def test_a_missing_row_leaves_the_columns_before_it(tmp_path) -> None:
     """Of the first request all is known, of the second one not."""
     after = measured(0.2, request_0__probability=0.4), measured(0.3, request_0__probability=0.2)
@@ -192,7 +208,7 @@ def test_page_answers_the_five_questions(tmp_path) -> None:
     assert overview.tables[0][1][-1] == "1"
     assert ["own", "–", "1.5"] in next(table for table in page.tables if table[0][0] == "Name")
     record = make_ledger(change).records[0]
-    for value in ("hash of ids 0", "hash of weights", "hash of reference", record.hash):
+    for value in ("hash of ids 0", "hash of content 0", "hash of weights", "hash of reference", record.hash):
         assert value in text
     assert record.hash in overview.text
     assert "100 samples of the training data" in text

@@ -34,6 +34,7 @@ from lightning_cl.core.shards import PerRank, map_leaves
 from lightning_cl.strategies.checkpoint import (
     PendingWrite,
     is_complete,
+    read_common,
     read_rest,
     read_tensors,
     write_file,
@@ -189,6 +190,21 @@ def test_files_are_small_plain_and_mapped(groups: dict[int, Ranks], tmp_path: Pa
     assert torch.load(common_file(path), weights_only=True)["common"]["view"].tolist() == [0, 1]
     assert sum(file.stat().st_size for file in path.rglob("*")) < 200_000
     assert groups[1].run(maps_the_shares, path) == [True]
+
+
+def test_what_a_process_without_ranks_reads(groups: dict[int, Ranks], tmp_path: Path):
+    """Of our folder what rank 0 alone wrote, of Lightning's the file beside the shards, of a file all."""
+    groups[2].run(save_run, tmp_path / "last.ckpt")
+    found = read_common(tmp_path / "last.ckpt")
+    assert (found["epoch"], found["loops"]["rank"], found["rng"]) == (3, 0, None)
+    assert found["callbacks"]["Replay"]["share"] is None
+    (tmp_path / "folder").mkdir()
+    for place in (tmp_path / "folder" / "meta.pt", tmp_path / "single.ckpt"):
+        torch.save({"callbacks": {"a": 1}}, place)
+    for place in (tmp_path / "folder", tmp_path / "single.ckpt"):
+        assert read_common(place) == {"callbacks": {"a": 1}}
+    with pytest.raises(FileNotFoundError):
+        read_common(tmp_path / "missing.ckpt")
 
 
 def save_views(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ def record(name: str, previous: str = "", **changes: Any) -> RequestRecord:
         "asked": 3,
         "ids": [2, 5],
         "ids_hash": hash_of_ids(torch.tensor([2, 5])),
+        "samples_hash": "cd",
         "method": "npo",
         "settings": {"retain": "nll"},
         "seed": 3,
@@ -106,3 +108,34 @@ def test_a_run_that_went_on_from_an_earlier_checkpoint(tmp_path: Path) -> None:
     assert Ledger.read(path).records == again.records
     assert chain("a").starts(first)
     assert not first.starts(chain("a"))
+
+
+def test_a_measurement_that_is_no_number(tmp_path: Path) -> None:
+    """It is null in the file, which is strict JSON, and NaN where it is read; the hash is the same."""
+    path = tmp_path / "requests.jsonl"
+    destroyed = record("a", before={"forget/probability": 0.5}, after={"x": float("nan"), "y": float("-inf"), "z": 2})
+    ledger = Ledger([destroyed])
+    ledger.write(path)
+    line = json.loads(path.read_text(), parse_constant=pytest.fail)
+    assert line["after"] == {"x": None, "y": None, "z": 2}
+    (read,) = Ledger.read(path).records
+    assert math.isnan(read.after["x"])
+    assert math.isnan(read.after["y"])
+    assert (read.after["z"], read.before, read.hash) == (2, {"forget/probability": 0.5}, destroyed.hash)
+
+
+def test_a_file_beside_the_records_of_a_checkpoint(tmp_path: Path) -> None:
+    """It may go on behind them or be missing; without their last, or with others, it is an error."""
+    path, ledger = tmp_path / "requests.jsonl", chain("a", "b")
+    assert ledger.check_written(path, "x.ckpt").records == ledger.records
+    chain("a", "b", "c").write(path)
+    assert [r.name for r in ledger.check_written(path, "x.ckpt").records] == ["a", "b", "c"]
+    first = path.read_text().splitlines()[0]
+    for text in (first + "\n", ""):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"lacks the last records that x\.ckpt has, of .*'b'.* move it away"):
+            ledger.check_written(path, "x.ckpt")
+    path.unlink()
+    Ledger([record("a", steps=7)]).write(path)
+    with pytest.raises(ValueError, match="holds records of another run"):
+        ledger.check_written(path, "x.ckpt")

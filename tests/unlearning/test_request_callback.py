@@ -164,6 +164,7 @@ def test_a_rehearsal_serves_nothing(tmp_path: Path) -> None:
     assert not ledger.exists()
 
 
+@pytest.mark.filterwarnings("ignore:Request '.*' was served on")
 def test_a_model_destroyed_has_a_ledger(tmp_path: Path) -> None:
     """Measurements that are no numbers equal nothing, and the ledger is still that of the run."""
     unlearn = Unlearn(GradientAscent(bound=None), retain=None, forget_weight=1e30)
@@ -171,7 +172,7 @@ def test_a_model_destroyed_has_a_ledger(tmp_path: Path) -> None:
     assert (
         unlearn.ledger.records[0].after["forget/probability"] != unlearn.ledger.records[0].after["forget/probability"]
     )
-    serve(tmp_path, [unlearn], requests=[ForgetRequest("one row", rows=[5])])
+    serve(tmp_path, [unlearn], requests=[EVEN_ROWS, TWO_ROWS, ForgetRequest("one row", rows=[5])])
     assert len(Ledger.read(tmp_path / "requests.jsonl")) == 3
 
 
@@ -182,6 +183,30 @@ def test_a_shorter_ledger_of_another_run(tmp_path: Path) -> None:
     serve(tmp_path / "a", [unlearn])
     with pytest.raises(ValueError, match="holds records of another run"):
         serve(tmp_path / "other", [unlearn], requests=[ForgetRequest("one row", rows=[5])])
+
+
+@pytest.mark.filterwarnings("ignore:Request '.*' was served on")
+def test_a_record_taken_off_the_end(tmp_path: Path) -> None:
+    """The checkpoint still has it: an error, until the file is whole again or written anew."""
+    serve(tmp_path, [Unlearn("npo"), saver(tmp_path)])
+    path, last = tmp_path / "requests.jsonl", max(tmp_path.glob("*.ckpt"), key=lambda file: int(file.stem[5:]))
+    lines = path.read_text().splitlines(keepends=True)
+    more = [EVEN_ROWS, TWO_ROWS, ForgetRequest("one row", rows=[5])]
+    assert len(lines) == 2
+    # the checkpoint was written inside the second request
+    path.write_text("")
+    with pytest.raises(ValueError, match="lacks the last records that the checkpoint has, of 'even rows'"):
+        serve(tmp_path, [Unlearn("npo"), saver(tmp_path)], ckpt_path=last, requests=more)
+    path.unlink()
+    serve(tmp_path, [Unlearn("npo"), saver(tmp_path)], ckpt_path=last, requests=more)
+    assert path.read_text().splitlines(keepends=True)[0] == lines[0]
+    assert [record.name for record in Ledger.read(path).records] == ["even rows", "two rows", "one row"]
+
+
+def test_a_setting_that_is_no_number_of_json(tmp_path: Path) -> None:
+    """It stands as text in the ledger."""
+    serve(tmp_path, [SelectiveSynapticDampening(alpha=float("inf"))], requests=[TWO_ROWS])
+    assert Ledger.read(tmp_path / "requests.jsonl").records[0].settings["alpha"] == "inf"
 
 
 class Unsupervised(TensorDataset):
