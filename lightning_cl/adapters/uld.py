@@ -82,6 +82,10 @@ def build_assistant(
     assistant = copy.deepcopy(model, shared)
     for name, layer in quantized_layers(assistant):
         if not is_int8(layer):
+            if layer.quant_state is None:
+                raise ValueError(
+                    f"`model` has 4-bit layers that are not packed yet, such as {name!r}: move it to its device first."
+                )
             share_packed_4bit(layer, model.get_submodule(name))
     keep_blocks(assistant, num_layers)
     settings = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": target_modules}

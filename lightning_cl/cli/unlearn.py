@@ -58,8 +58,9 @@ def unlearn(
         The page of the ledger.
 
     Raises:
-        ValueError: If the config has no data that take requests, or nothing that serves them, no request is new, or the
-            ledger in ``output`` is not that of the checkpoint, or lacks the last of its records.
+        ValueError: If the config has no data that take requests, or nothing that serves them, no request is new, one
+            has the name of another that was served, or the ledger in ``output`` is not that of the checkpoint, or lacks
+            the last of its records.
     """
     folder = Path(output)
     settings = yaml.safe_load(Path(config).read_text())
@@ -74,7 +75,10 @@ def unlearn(
     # as they were served, so that the stream is the one that the checkpoint was written in
     earlier = [entry for entry in _requests_of(folder / _CONFIG) or own if entry["name"] in served]
     own = [entry for entry in own if entry["name"] not in served]
-    new = [request for request in read_requests(requests) if request.name not in served]
+    asked = read_requests(requests)
+    for request in asked:
+        _check_same(request, [ForgetRequest(**entry) for entry in earlier])
+    new = [request for request in asked if request.name not in served]
     if not new:
         raise ValueError(f"All requests of {requests} are in the ledger {ledger}: there is nothing to do.")
     usual = epochs or data.get("epochs_per_request") or 1
@@ -124,6 +128,17 @@ def _requests_of(config: Path) -> list[dict[str, Any]]:
     settings = yaml.safe_load(config.read_text()) if config.exists() else {}
     found: list[dict[str, Any]] = settings.get("data", {}).get("init_args", {}).get("requests") or []
     return found
+
+
+def _check_same(request: ForgetRequest, served: list[ForgetRequest]) -> None:
+    """Refuse a request that has the name of one that was served for other samples."""
+    for other in served:
+        if other.name == request.name and (other.rows, other.classes, other.where) != (
+            request.rows,
+            request.classes,
+            request.where,
+        ):
+            raise ValueError(f"Request {request.name!r} was served for other samples. Give the new one its own name.")
 
 
 def _entry(request: ForgetRequest) -> dict[str, Any]:

@@ -107,8 +107,10 @@ class RequestStream(Protocol):
     def requested(self, task: Task) -> int:
         """Return how many samples the request of ``task`` names, also those that were not learned."""
 
-    def read_holdout(self, task: Task, n_samples: int) -> Iterator[Any]:
-        """Read validation samples of the tasks learned before ``task``, each once over all ranks; none without any.
+    def read_holdout(self, task: Task, n_samples: int) -> Iterator[tuple[Any, Tensor]]:
+        """Read validation samples of the tasks learned before ``task``, each once over all ranks, with their rows.
+
+        There are none without validation data.
 
         Args:
             task: The task that serves a request.

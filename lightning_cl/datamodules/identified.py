@@ -105,8 +105,10 @@ class IdentifiedSamples:
         """Return how many samples the request of ``task`` names, also those that were not learned."""
         return self.plan.plans[task.index].requested
 
-    def read_holdout(self, task: Task, n_samples: int) -> Iterator[Any]:
-        """Read validation samples of the tasks learned before ``task``, each once over all ranks; none without any.
+    def read_holdout(self, task: Task, n_samples: int) -> Iterator[tuple[Any, Tensor]]:
+        """Read validation samples of the tasks learned before ``task``, each once over all ranks, with their rows.
+
+        There are none without validation data.
 
         Args:
             task: The task that serves a request.
@@ -120,7 +122,8 @@ class IdentifiedSamples:
         rows = np.random.default_rng(derived_seed(self.seed, "holdout")).permutation(seen)[:n_samples]
         reader = batch_reader(split.dataset, self.collate_fn)
         ordered = EvaluationSampler(np.sort(rows), batch_size=self.batch_size, **self._ranks())
-        yield from TaskLoader(BatchDataset(reader), ordered)
+        for index, batch in zip(ordered, TaskLoader(BatchDataset(reader), ordered), strict=True):
+            yield batch, torch.from_numpy(np.ascontiguousarray(index.rows))
 
     def _evaluation_rows(self, name: str) -> list[np.ndarray]:
         raise NotImplementedError

@@ -47,7 +47,8 @@ def requested_rows(request: ForgetRequest, train: Split) -> np.ndarray:
             if not (column == value).any():
                 raise ValueError(
                     f"Request {request.name!r} names {value!r} of `{name}`, which no training sample has. Where samples"
-                    " were deleted since it was served, keep placeholders in their rows, with the column."
+                    " were deleted since it was served, keep placeholders in their rows, with the column, or, in a run"
+                    " that does not go on from a checkpoint, take it out of `requests`."
                 )
         chosen &= np.isin(column, values)
     return np.flatnonzero(chosen)

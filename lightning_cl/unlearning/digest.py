@@ -16,6 +16,8 @@ from lightning_cl.strategies.fingerprint import fingerprint
 
 __all__ = ["digest_of", "digest_of_samples"]
 
+_OF_NUMPY = (torch.float16, torch.float32, torch.float64)
+
 
 def digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """Return a digest of named tensors, in hexadecimal: SHA-256 of their fingerprints.
@@ -37,8 +39,7 @@ def digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
 def digest_of_samples(samples: Iterable[Any]) -> str:
     """Return a digest of the content of a set of samples, in hexadecimal: SHA-256 of the sorted SHA-256 of each.
 
-    It does not depend on their order, and a tensor, an array and a number of one value and dtype are
-    the same. Of what
+    It does not depend on their order, and a tensor, an array and a number of one value and dtype are the same. Of what
     is neither text nor number, nor a collection or dataclass of these, the class alone counts.
 
     Args:
@@ -60,8 +61,9 @@ def _content(value: Any) -> bytes:
     """Return bytes that two values share only if they are equal: a kind, a length and what follows."""
     if isinstance(value, Tensor):
         value = value.detach().cpu()
-        # numpy has no bfloat16
-        value = np.asarray(value.float() if value.dtype == torch.bfloat16 else value)
+        value = (value if value.layout == torch.strided else value.to_dense()).resolve_conj().resolve_neg()
+        # numpy has neither bfloat16 nor the numbers of one byte
+        value = np.asarray(value.float() if value.is_floating_point() and value.dtype not in _OF_NUMPY else value)
     if is_dataclass(value):
         value = {field.name: getattr(value, field.name) for field in fields(value)}
     if isinstance(value, Mapping):
@@ -70,12 +72,13 @@ def _content(value: Any) -> bytes:
         kind, data = "sequence", b"".join(map(_content, value))
     elif isinstance(value, str):
         kind, data = "text", value.encode(errors="surrogatepass")
-    elif isinstance(value, bytes):
-        kind, data = "bytes", value
+    elif isinstance(value, (bytes, bytearray)):
+        kind, data = "bytes", bytes(value)
     elif isinstance(value, (bool, int, float, complex)) or hasattr(value, "__array_interface__"):
         array = np.asarray(value)
         if array.dtype.hasobject:
-            return _content([str(array.shape), *map(str, array.ravel())])
+            # numpy has no integer that large; what an array holds may be an array itself
+            return _content(str(value) if isinstance(value, int) else [str(array.shape), *array.ravel().tolist()])
         kind, data = f"{array.dtype.str} {array.shape}", array.tobytes()
     else:
         kind, data = type(value).__qualname__, b""

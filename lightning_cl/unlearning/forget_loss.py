@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
+from lightning_cl.core.card import methods_below
 from lightning_cl.functional.unlearning import supervised_rows, token_nll
 
 __all__ = ["ForgetLoss", "Outputs"]
@@ -126,3 +127,24 @@ class ForgetLoss(ABC):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: B027  most losses keep nothing
         """Take back what :meth:`state_dict` returned."""
+
+    @staticmethod
+    def resolve(method: ForgetLoss | str) -> ForgetLoss:
+        """Return ``method``, made with its defaults if it is given by name.
+
+        Raises:
+            ValueError: If none has that name, or it has settings without a default.
+        """
+        if isinstance(method, ForgetLoss):
+            return method
+        known: dict[str, Any] = methods_below(ForgetLoss)
+        if method not in known:
+            raise ValueError(f"`method` must be a `ForgetLoss` or one of {', '.join(known)}, got {method!r}.")
+        kind = known[method]
+        try:
+            made: ForgetLoss = kind()
+        except TypeError:
+            raise ValueError(
+                f"`method={method!r}` has settings without defaults: give it as `{kind.__name__}(...)`."
+            ) from None
+        return made

@@ -30,7 +30,7 @@ from lightning_cl.unlearning.learning_rate import ScaledLearningRate
 from lightning_cl.unlearning.ledger import Ledger, RequestRecord, hash_of_ids
 from lightning_cl.unlearning.measuring import Scores, measured, score_samples
 from lightning_cl.unlearning.reading import OutputReader
-from lightning_cl.unlearning.served import check_served, hash_of_samples
+from lightning_cl.unlearning.served import check_served, hash_of_samples, of_rank_zero
 
 __all__ = ["RequestCallback", "RequestSettings"]
 
@@ -154,14 +154,15 @@ class RequestCallback(ContinualCallback):
             # what an error left open in an earlier fit
             self._open, self.stopped, self.skips_steps = None, None, False
         path = self._path(trainer)
-        if self.ledger_file is not None and not self._restored and not len(self.ledger) and path.exists():
-            self.ledger = Ledger.read(path)
         source = "the checkpoint" if self._restored else "this callback"
-        written = self.ledger.check_written(path, source)
+        # nodes may see other files than rank 0, which writes it
+        written = of_rank_zero(trainer, lambda: self.ledger.check_written(path, source))
+        if self.ledger_file is not None and not self._restored and not len(self.ledger):
+            self.ledger = written
         if not self._restored and not len(self.ledger) and len(written):
             raise ValueError(
-                f"{str(path)!r} holds the ledger of an earlier run. To go on with it give it as `ledger_file`; else"
-                " move it away."
+                f"{str(path)!r} holds the ledger of an earlier run. If the model comes of that run, give it as"
+                " `ledger_file`; else move it away."
             )
         if (stream := _stream(trainer)) is not None:
             self._served_ids = check_served(trainer, stream, self.ledger, self._open, self.erased)
@@ -302,9 +303,8 @@ class RequestCallback(ContinualCallback):
         for name, ids in self._served_ids.items():
             sets[f"request:{name}"] = self.sample_ids(ids, "forget")
         scores = {name: self.score(trainer, pl_module, ids) for name, ids in sets.items() if len(ids)}
-        n = self.measure_samples
-        holdout = ((b, torch.full((self.adapter.size(b),), -1)) for b in stream.read_holdout(task, n))
-        scores["holdout"] = score_samples(trainer, pl_module, self.reader, holdout)
+        holdout = stream.read_holdout(task, self.measure_samples)
+        scores["holdout"] = score_samples(trainer, pl_module, self.reader, holdout).once()
         return measured(scores)
 
     def sample_ids(self, ids: Tensor, purpose: str) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import Trainer
@@ -13,7 +13,9 @@ from lightning_cl.core.requests import RequestStream
 from lightning_cl.unlearning.digest import digest_of_samples
 from lightning_cl.unlearning.ledger import Ledger, hash_of_ids
 
-__all__ = ["check_served", "hash_of_samples"]
+__all__ = ["check_served", "hash_of_samples", "of_rank_zero"]
+
+T = TypeVar("T")
 
 
 def check_served(
@@ -70,5 +72,26 @@ def check_served(
 
 def hash_of_samples(trainer: Trainer, stream: RequestStream, ids: Tensor) -> str:
     """Return the digest of the content of samples; all ranks must call this, and one reads them."""
-    found = digest_of_samples(stream.read_raw(ids)) if trainer.is_global_zero else ""
-    return trainer.strategy.broadcast(found)
+    return of_rank_zero(trainer, lambda: digest_of_samples(stream.read_raw(ids)))
+
+
+def of_rank_zero(trainer: Trainer, read: Callable[[], T]) -> T:
+    """Return on all ranks what ``read`` returns on rank 0; an error there is an error of all, so that none waits.
+
+    Raises:
+        RuntimeError: On the other ranks, if ``read`` raised; on rank 0 it is that error.
+    """
+    found: T | None = None
+    error: Exception | None = None
+    if trainer.is_global_zero:
+        try:
+            found = read()
+        except Exception as caught:
+            error = caught
+    message = None if error is None else f"{type(error).__name__}: {error}"
+    found, message = trainer.strategy.broadcast((found, message))
+    if error is not None:
+        raise error
+    if message is not None:
+        raise RuntimeError(f"Rank 0 failed: {message}")
+    return found  # type: ignore[return-value]

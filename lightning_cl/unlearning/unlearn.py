@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from typing_extensions import Unpack, override
 
 from lightning_cl.core.capture import forward_step, metrics_kept, silenced
-from lightning_cl.core.card import MethodCard, methods_below
+from lightning_cl.core.card import MethodCard
 from lightning_cl.core.checks import check_automatic_optimization, check_choice, check_positive
 from lightning_cl.core.distributed import sum_over_ranks_, world_size
 from lightning_cl.core.events import TaskEvents
@@ -60,7 +60,8 @@ class Unlearn(RequestCallback):
             ``"supervised"`` or ``"all"``. Of a classifier's scores, [B, C], every row counts.
         utility_floor: End the request as soon as the mean probability of retained samples falls below this share of
             what it was at the start, above 0 and below 1; ``None`` never does.
-        utility_every: Optimizer steps between two looks at that, each a forward over ``measure_samples`` samples.
+        utility_every: Optimizer steps between two looks at that, each a forward over ``measure_samples`` samples; the
+            last step of a request has one in any case, and a warning if it is too late.
         reference: How the reference model is kept, where one is needed: ``"copy"`` of the trainable weights;
             ``"peft_disabled"``, the module without its adapters; ``"cached_scores"``, one number for each sequence
             and for its alternate, computed once; ``"module_prefix"``, a copy run up to the layer of the method.
@@ -104,7 +105,7 @@ class Unlearn(RequestCallback):
         **settings: Unpack[RequestSettings],
     ) -> None:
         super().__init__(**settings)
-        self.method = _method(method)
+        self.method = ForgetLoss.resolve(method)
         check_choice("retain", retain, (*get_args(RetainTerm), None))
         check_choice("kl_positions", kl_positions, get_args(RetainPositions))
         check_positive("forget_weight", forget_weight)
@@ -211,6 +212,7 @@ class Unlearn(RequestCallback):
 
     @override
     def serve_end(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
+        self._look(trainer, pl_module, task, last=True)
         self._statistics.thaw()
         self._forget_step()
         assert self._reference is not None
@@ -337,10 +339,17 @@ class Unlearn(RequestCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         task = TaskEvents.attach(trainer).task
-        assert self._open is not None and task is not None
-        measure = partial(self._retained_probability, trainer, pl_module, task)
-        self.stopped = self._floor.look(trainer.global_step - self._open["step"], measure)
+        assert task is not None
+        self._look(trainer, pl_module, task)
         self.skips_steps = self.stopped is not None
+
+    def _look(self, trainer: Trainer, pl_module: LightningModule, task: Task, *, last: bool = False) -> None:
+        assert self._open is not None
+        steps, measure = (
+            trainer.global_step - self._open["step"],
+            partial(self._retained_probability, trainer, pl_module),
+        )
+        self.stopped = self.stopped or self._floor.look(steps, partial(measure, task), last=last)
 
     def _retained_probability(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> float:
         stream = trainer.datamodule  # type: ignore[attr-defined]
@@ -378,19 +387,3 @@ class Unlearn(RequestCallback):
             self._restored_reference = state_dict["reference"]
         elif state_dict["reference"] is not None:
             self._reference.load_state_dict(state_dict["reference"])
-
-
-def _method(method: ForgetLoss | str) -> ForgetLoss:
-    if isinstance(method, ForgetLoss):
-        return method
-    known: dict[str, Any] = methods_below(ForgetLoss)
-    if method not in known:
-        raise ValueError(f"`method` must be a `ForgetLoss` or one of {', '.join(known)}, got {method!r}.")
-    kind = known[method]
-    try:
-        made: ForgetLoss = kind()
-    except TypeError:
-        raise ValueError(
-            f"`method={method!r}` has settings without defaults: give it as `{kind.__name__}(...)`."
-        ) from None
-    return made

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
+
 from lightning_cl.core.checks import check_positive
 
 __all__ = ["UtilityFloor"]
@@ -44,9 +46,12 @@ class UtilityFloor:
         self._looked_at = 0
         self._at_start = None if self._share is None else measure()
 
-    def look(self, steps: int, measure: Callable[[], float]) -> str | None:
-        """Return why the request must end after so many optimizer steps, ``None`` if it need not."""
-        due = self._share is not None and steps % self._every == 0 and steps != self._looked_at
+    def look(self, steps: int, measure: Callable[[], float], *, last: bool = False) -> str | None:
+        """Return why the request must end after so many optimizer steps, ``None`` if it need not.
+
+        After its ``last`` step there is always a look: a short request may have had none before.
+        """
+        due = self._share is not None and (last or steps % self._every == 0) and steps != self._looked_at
         if not due or self._at_start is None or self._share is None:
             return None
         self._looked_at = steps
@@ -54,6 +59,8 @@ class UtilityFloor:
         if utility >= self._share * self._at_start:
             return None
         fallen = f"had fallen to {utility:.3g}, below {self._share} of {self._at_start:.3g}"
+        if last:
+            rank_zero_warn(f"A request ended, and the utility {fallen}. Look more often: lower `utility_every`.")
         return f"after {steps} steps the mean probability of retained samples {fallen}"
 
     def state_dict(self) -> dict[str, Any]:

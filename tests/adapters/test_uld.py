@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -147,6 +148,10 @@ def test_what_cannot_be_an_assistant_is_refused():
         build_assistant(type(model)(model.config), 1)
     with pytest.raises(ValueError, match="Merge them"):
         build_assistant(add_adapters(model, {"peft_type": "LORA", "target_modules": ["q_proj"]}), 1)
+    unpacked = tiny_llama()
+    unpacked.lm_head = Linear4bit(unpacked.lm_head.in_features, unpacked.lm_head.out_features, bias=False)
+    with pytest.raises(ValueError, match="not packed yet, such as 'lm_head': move it to its device first"):
+        build_assistant(unpacked, 1)
 
 
 # ---------------------------------------------------------------------- the logit difference

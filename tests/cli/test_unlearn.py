@@ -83,6 +83,16 @@ def test_nothing_new_is_an_error(learned: Path, capsys: pytest.CaptureFixture[st
     assert "there is nothing to do" in capsys.readouterr().err
 
 
+def test_a_name_that_was_served_for_other_samples(learned: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its samples are not taken for served."""
+    arguments = ["unlearn", "run.yaml", "--checkpoint", str(learned), "--output", "model", "--request"]
+    main([*arguments, "second.json"])
+    Path("third.json").write_text(json.dumps({"name": "customer", "rows": [11]}))
+    with pytest.raises(SystemExit):
+        main([*arguments, "third.json"])
+    assert "Request 'customer' was served for other samples" in capsys.readouterr().err
+
+
 def test_bad_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """One line on standard error: a request that is none, a config without data."""
     monkeypatch.chdir(tmp_path)

@@ -110,6 +110,39 @@ def test_a_request_that_breaks_off_leaves_the_rate(tmp_path: Path) -> None:
     assert not optimizer._optimizer_step_pre_hooks
 
 
+class CallsBase(SGD):
+    """Its step calls that of its base class, so that torch runs the hooks of a step around both."""
+
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+def test_a_step_that_calls_that_of_its_base_class(tmp_path: Path) -> None:
+    """Is scaled once, and the rate comes back."""
+    data = UnlearningDataModule(toy_data(), requests=[ROWS], batch_size=2, epochs_per_request=2)
+    found = []
+    # torch hooks the step of a class when the first of its optimizers is made
+    for optimizer in (SGD, CallsBase):
+        module = ToyModule(learning_rate=0.1, optimizer=optimizer)
+        fit = trainer(tmp_path / optimizer.__name__, [ascent(0.25)])
+        fit.fit(module, datamodule=data)
+        found.append(weights(module))
+        assert fit.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1)
+    assert torch.equal(*found)
+
+
+def test_a_checkpoint_inside_a_step_holds_the_rate_of_the_schedule(tmp_path: Path) -> None:
+    """As one that a signal of the cluster asks for: a resumed run would scale it a second time."""
+    saved = []
+
+    class Saves(Callback):
+        def on_after_backward(self, trainer: Trainer, *_: Any) -> None:
+            saved.append(trainer.optimizers[0].state_dict()["param_groups"][0]["lr"])
+
+    learn(tmp_path, ascent(0.1), Saves())
+    assert saved == pytest.approx([0.1 * 0.5 ** (step // 4) for step in range(28)])
+
+
 def test_a_factor_of_nothing_is_refused() -> None:
     """It would forget nothing."""
     with pytest.raises(ValueError, match=r"`learning_rate_factor` must be above 0, got 0"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from lightning_cl.core.requests import ForgetRequest
 from lightning_cl.datamodules import UnlearningDataModule
 from lightning_cl.unlearning import RequestRecord, Unlearn
 from lightning_cl.unlearning.digest import digest_of_samples
+from ranks import Ranks
 from toys import ToyModule, toy_data, trainer
 
 FIRST = ForgetRequest("first", rows=[7, 9])
@@ -187,3 +190,85 @@ def test_digest_of_samples() -> None:
     objects = [np.array(["".join(letters), None]) for letters in ("Ada", "Ada")]
     assert digest_of_samples(objects[:1]) == digest_of_samples(objects[1:])
     assert digest_of_samples([object()]) == digest_of_samples([object()])
+
+
+class Unreadable(People):
+    """Toy data with a row that no process can read."""
+
+    def __getitem__(self, row: int) -> Any:
+        if row == 9:
+            raise OSError("row 9 is gone")
+        return super().__getitem__(row)
+
+
+class Opaque:
+    """An object of which nothing but the class can be told."""
+
+
+def test_digest_of_uncommon_tensors_and_arrays() -> None:
+    """What numpy cannot take has a digest of its values; what an array of objects holds counts as it would outside."""
+    dense = torch.tensor([[0.0, 2.0], [0.0, 0.0]])
+    small, turned = torch.ones(2).to(torch.float8_e4m3fn), torch.tensor([1 + 2j]).conj()
+    for found, same in ((dense.to_sparse(), dense), (small, torch.ones(2)), (turned, turned.resolve_conj())):
+        assert digest_of_samples([found]) == digest_of_samples([same])
+        assert digest_of_samples([found]) != digest_of_samples([2 * same])
+    # two objects alive at once have two addresses; long arrays are printed with a gap
+    opaque, long = [Opaque(), Opaque()], [np.zeros(5000), np.eye(1, 5000, 2500)[0]]
+    assert digest_of_samples([np.array(opaque[:1])]) == digest_of_samples([np.array(opaque[1:])])
+    first, second = (np.array([value, None], dtype=object) for value in long)
+    assert digest_of_samples([first]) != digest_of_samples([second])
+    assert digest_of_samples([2**70]) != digest_of_samples([2**71])
+    assert digest_of_samples([bytearray(b"ab")]) == digest_of_samples([b"ab"])
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> Iterator[Ranks]:
+    """One pair of processes for all tests of this file."""
+    ranks = Ranks(2)
+    yield ranks
+    ranks.close()
+
+
+def serve_on_this_rank(root: Path, data: type[People], *requests: ForgetRequest) -> Any:
+    """Serve requests with a ledger in a folder of this rank's own, as on nodes that share none."""
+    stream = UnlearningDataModule(data(), batch_size=4, requests=list(requests), epochs_per_request=1)
+    unlearn = Unlearn("npo", ledger_file=str(root / os.environ["RANK"] / "model.jsonl"))
+    try:
+        trainer(root, [unlearn], strategy="ddp", devices=2).fit(ToyModule(), datamodule=stream)
+    except (OSError, RuntimeError, ValueError) as error:
+        return f"{error}"
+    return [record.name for record in unlearn.ledger.records]
+
+
+@pytest.mark.distributed
+def test_nodes_that_share_no_folder(two_ranks: Ranks, tmp_path: Path) -> None:
+    """The ledger that rank 0 wrote is that of all, and what is wrong with it an error of all."""
+    assert two_ranks.run(serve_on_this_rank, tmp_path, People, FIRST) == [["first"]] * 2
+    assert two_ranks.run(serve_on_this_rank, tmp_path, People, FIRST, SECOND) == [["first", "second"]] * 2
+    (tmp_path / "0" / "model.jsonl").write_text("{}\n")
+    own, other = two_ranks.run(serve_on_this_rank, tmp_path, People, FIRST)
+    assert own.startswith("No record of a request")
+    assert other == f"Rank 0 failed: ValueError: {own}"
+
+
+def count_samples(root: Path) -> list[float]:
+    """Serve a request, and return how many samples of each set were measured."""
+    unlearn = Unlearn("npo", measure_samples=1)
+    stream = UnlearningDataModule(People(), People(), batch_size=4, requests=[FIRST], epochs_per_request=1)
+    trainer(root, [unlearn], strategy="ddp", devices=2).fit(ToyModule(), datamodule=stream)
+    (record,) = unlearn.ledger.records
+    return [record.after[f"{name}/samples"] for name in ("forget", "retain", "holdout")]
+
+
+@pytest.mark.distributed
+def test_fewer_samples_than_ranks_are_counted_once(two_ranks: Ranks, tmp_path: Path) -> None:
+    """Also of those held out: every rank reads them all."""
+    assert two_ranks.run(count_samples, tmp_path) == [[1, 1, 1]] * 2
+
+
+@pytest.mark.distributed
+def test_a_sample_that_cannot_be_read(two_ranks: Ranks, tmp_path: Path) -> None:
+    """An error of the rank that reads it is one of all: none waits for the digest."""
+    own, other = two_ranks.run(serve_on_this_rank, tmp_path, Unreadable, FIRST)
+    assert own == "row 9 is gone"
+    assert other == "Rank 0 failed: OSError: row 9 is gone"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -239,6 +240,22 @@ def test_the_floor_ends_a_request(tmp_path: Path) -> None:
     assert record.stopped.endswith(f"below 0.9 of {record.before['retain/probability']:.3g}")
     assert 0 < record.steps < free.ledger.records[0].steps
     assert floored.ended_tasks == {"learn": 2, "forget": 1}
+
+
+@pytest.mark.filterwarnings("default:A request ended, and the utility had fallen")
+def test_a_short_request_that_ends_below_the_floor_says_so(tmp_path: Path) -> None:
+    """Its last step has a look in any case; one above the floor has nothing to say."""
+    settings: dict[str, Any] = {"retain": None, "utility_floor": 0.9, "utility_every": 1000}
+    late = Unlearn(GradientAscent(bound=None), forget_weight=20.0, **settings)
+    with warnings.catch_warnings(record=True) as told:
+        serve(tmp_path / "late", late, requests=[TWO_ROWS])
+    assert any("lower `utility_every`" in str(warning.message) for warning in told)
+    record = late.ledger.records[0]
+    assert record.stopped is not None
+    assert record.stopped.startswith(f"after {record.steps} steps")
+    gentle = Unlearn(GradientAscent(bound=None), forget_weight=1e-6, **settings)
+    serve(tmp_path / "gentle", gentle, requests=[TWO_ROWS])
+    assert gentle.ledger.records[0].stopped is None
 
 
 def saver(directory: Path) -> ModelCheckpoint:
