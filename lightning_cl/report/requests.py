@@ -239,7 +239,7 @@ def _verdict(record: RequestRecord, retrained: Mapping[str, float]) -> _Verdict:
             "The run gave no forgotten samples beside samples that were never learned, so that nothing can be said.",
         )
     forgotten = record.after.get("forget/samples", record.num_ids)
-    unseen = record.after.get("holdout/compared", forgotten)
+    unseen = record.after.get("holdout/samples", forgotten)
     # two standard errors of the AUC of so many against so many scores where there is no difference
     noise = 2 * math.sqrt((forgotten + unseen + 1) / (12 * forgotten * unseen)) if forgotten and unseen else 1.0
     reference = retrained.get(AUC)

@@ -36,9 +36,15 @@ class Scores:
 
     def once(self) -> Scores:
         """Return the scores of each identity once; every rank reads the whole of a set of fewer samples than ranks."""
-        first = torch.from_numpy(np.unique(self.ids.numpy(), return_index=True)[1])
+        return self._at(torch.from_numpy(np.unique(self.ids.numpy(), return_index=True)[1]))
+
+    def like(self, other: Scores) -> Scores:
+        """Return the scores of samples in the classes of others; all of them where there are no classes."""
+        return self._at(torch.isin(self.labels, other.labels))
+
+    def _at(self, index: Tensor) -> Scores:
         rows = torch.stack([self.probability, self.accuracy, self.loss, self.nll_sum], 1)
-        return Scores(rows[first], torch.stack([self.ids, self.labels], 1)[first])
+        return Scores(rows[index], torch.stack([self.ids, self.labels], 1)[index])
 
 
 def score_samples(
@@ -77,21 +83,22 @@ def measured(scores: Mapping[str, Scores]) -> dict[str, float]:
     """Return the measurements of sets of samples by name.
 
     Of each set ``<set>/samples``, their number, ``<set>/probability``, the mean over samples of the geometric mean of
-    their tokens' probabilities, and ``<set>/accuracy``, the mean share of tokens on top; and of ``"forget"`` beside the
-    samples of ``"holdout"`` in the same classes ``forget/membership_auc``, the chance that a sample never seen has the
-    higher loss: 0.5 where they cannot be told apart, 1 where the forgotten are still known.
+    their tokens' probabilities, and ``<set>/accuracy``, the mean share of tokens on top; of ``"forget"`` beside
+    ``"holdout"`` also ``forget/membership_auc``, the chance that a sample never seen has the higher loss: 0.5 where
+    they cannot be told apart, 1 where the forgotten are still known. Of ``"holdout"`` only the classes of what is
+    forgotten count.
     """
     found: dict[str, float] = {}
+    if "forget" in scores and "holdout" in scores:
+        scores = {**scores, "holdout": scores["holdout"].like(scores["forget"])}
     for name, score in scores.items():
         if len(score):
             found[f"{name}/samples"] = len(score)
             found[f"{name}/probability"] = float(score.probability.mean())
             found[f"{name}/accuracy"] = float(score.accuracy.mean())
     if "forget" in scores and "holdout" in scores:
-        forget, holdout = scores["forget"], scores["holdout"]
-        unseen = holdout.loss[torch.isin(holdout.labels, forget.labels)]
+        forget, unseen = scores["forget"], scores["holdout"].loss
         # a model that is destroyed has no loss to rank
         if len(forget) and len(unseen) and forget.loss.isfinite().all() and unseen.isfinite().all():
             found["forget/membership_auc"] = membership_auc(forget.loss, unseen).auc
-            found["holdout/compared"] = len(unseen)
     return found
