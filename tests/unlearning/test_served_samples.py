@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from lightning_cl.core.requests import ForgetRequest
 from lightning_cl.datamodules import UnlearningDataModule
@@ -254,7 +254,9 @@ def test_nodes_that_share_no_folder(two_ranks: Ranks, tmp_path: Path) -> None:
 def count_samples(root: Path) -> list[float]:
     """Serve a request, and return how many samples of each set were measured."""
     unlearn = Unlearn("npo", measure_samples=1)
-    stream = UnlearningDataModule(People(), People(), batch_size=4, requests=[FIRST], epochs_per_request=1)
+    # all of one class, as unseen samples of others do not count
+    request, unseen = ForgetRequest("one class", rows=[7, 11]), Subset(People(), [3, 15])
+    stream = UnlearningDataModule(People(), unseen, batch_size=4, requests=[request], epochs_per_request=1)
     trainer(root, [unlearn], strategy="ddp", devices=2).fit(ToyModule(), datamodule=stream)
     (record,) = unlearn.ledger.records
     return [record.after[f"{name}/samples"] for name in ("forget", "retain", "holdout")]
