@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import datetime, timezone
 from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,7 +27,7 @@ from lightning_cl.core.rng import derived_seed, isolated_rng
 from lightning_cl.core.state import full_copy
 from lightning_cl.datamodules import Predefined, TaskStreamDataModule
 from lightning_cl.unlearning.digest import digest_of
-from lightning_cl.unlearning.ledger import Ledger, RequestRecord, hash_of_ids
+from lightning_cl.unlearning.ledger import Ledger, RequestRecord, hash_of_ids, moment
 
 __all__ = ["SlicedAdapters"]
 
@@ -252,7 +251,7 @@ class SlicedAdapters:
         Raises:
             ValueError: If a row is not in the data, or the name was served for other rows.
         """
-        started, length = _now(), self._settings["rows"]
+        started, length = moment(), self._settings["rows"]
         if wrong := [row for row in rows if not 0 <= row < length]:
             raise ValueError(f"`rows` holds {wrong[:3]}, and the data has {length} rows, from 0.")
         self.ledger = self._read_ledger()
@@ -283,7 +282,7 @@ class SlicedAdapters:
             reference_hash=None,
             weights_hash=digest_of((f"{f}:{n}", value) for f, state in left.items() for n, value in state.items()),
             started=started,
-            ended=_now(),
+            ended=moment(),
             steps=0,
             stopped=None,
             before={},
@@ -371,10 +370,6 @@ def _meet() -> None:
     """Let no rank look for files while another writes or deletes them."""
     if is_distributed():
         dist.barrier()
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def _device(batch: Any) -> torch.device:

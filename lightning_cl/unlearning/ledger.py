@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,12 @@ from torch import Tensor
 
 from lightning_cl.core.requests import Influence
 
-__all__ = ["Ledger", "RequestRecord", "hash_of_ids"]
+__all__ = ["Ledger", "RequestRecord", "hash_of_ids", "moment"]
+
+
+def moment() -> str:
+    """Return the present moment as a record has it, in ISO 8601 and UTC."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def hash_of_ids(sample_ids: Tensor) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import math
 from abc import abstractmethod
-from datetime import datetime, timezone
 from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -27,7 +26,7 @@ from lightning_cl.core.task import Task
 from lightning_cl.functional.reset_state import reset_state
 from lightning_cl.unlearning.digest import digest_of
 from lightning_cl.unlearning.learning_rate import ScaledLearningRate
-from lightning_cl.unlearning.ledger import Ledger, RequestRecord, hash_of_ids
+from lightning_cl.unlearning.ledger import Ledger, RequestRecord, hash_of_ids, moment
 from lightning_cl.unlearning.measuring import Scores, measured, score_samples
 from lightning_cl.unlearning.reading import OutputReader
 from lightning_cl.unlearning.served import check_served, hash_of_samples, of_rank_zero
@@ -214,7 +213,7 @@ class RequestCallback(ContinualCallback):
             rank_zero_warn(f"Request {task.name!r} was served on {served.ended} and is not served again.")
             return
         asked = 0 if stream is None else stream.requested(task)
-        self._open = {"name": name, "asked": asked, "ids": ids, "started": _now(), "step": trainer.global_step}
+        self._open = {"name": name, "asked": asked, "ids": ids, "started": moment(), "step": trainer.global_step}
         self._open["samples_hash"] = "" if stream is None else hash_of_samples(trainer, stream, ids)
         self._open["influences"] = []
         for callback in continual_callbacks(trainer):
@@ -258,7 +257,7 @@ class RequestCallback(ContinualCallback):
             reference_hash=self.reference_hash,
             weights_hash=digest_of((name, p) for name, p in pl_module.named_parameters() if p.requires_grad),
             started=self._open["started"],
-            ended=_now(),
+            ended=moment(),
             steps=trainer.global_step - self._open["step"],
             stopped=self.stopped,
             before=self._open["before"],
@@ -346,10 +345,6 @@ def _stream(trainer: Trainer) -> RequestStream | None:
 
 def _entry(influence: Influence) -> dict[str, Any]:
     return dict(vars(influence))
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def _plain(value: Any) -> Any:
